@@ -1,0 +1,1 @@
+//! The control plane: sources, model, compilation, xDS, object status.

@@ -1,0 +1,1 @@
+//! The node agent: workload registry, policy compilation into the kernel, DNS, agent API.

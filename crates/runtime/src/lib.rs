@@ -1,0 +1,1 @@
+//! The standalone runtime: fabric, node and workload namespaces, cgroups, processes, probes, logs.
