@@ -1,0 +1,30 @@
+# Every command a newcomer needs. `make` alone lists them.
+
+export CARGO_TARGET_DIR ?= $(HOME)/.cache/heddle/target
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint fmt build install bench-direct
+
+help: ## List the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: ## Run a real mesh on this machine and show it (DEMO_ONCE=1: take it down at the end)
+	@scripts/demo.sh
+
+test: ## Install what is missing, then lint and run every test
+	@scripts/test.sh
+
+lint: ## Formatting, clippy and the dependency rules
+	@scripts/lint.sh
+
+fmt: ## Format the code
+	cargo fmt --all
+
+build: ## Build the heddle command in the one profile that tests, demo and benches share
+	cargo build --release --locked --bin heddle --bin heddle-bench
+
+install: ## Install the programs that build, tests and demo need
+	@scripts/install.sh
+
+bench-direct: install build ## Measure the kernel's direct path beside plain TCP
+	$(CARGO_TARGET_DIR)/release/heddle-bench direct
