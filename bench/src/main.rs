@@ -1,2 +1,38 @@
-//! Benchmarks.
-fn main() {}
+//! `heddle-bench`: measures Heddle's data paths beside plain TCP, in the same run.
+//!
+//! - [`server`] and [`client`] are the two ends of a measurement: small, blocking programs on the
+//!   standard library's sockets, so that the figures are the kernel's and not a runtime's.
+//! - [`protocol`] is what the two say to each other.
+//! - [`samples`] turns latencies into percentiles.
+//! - [`affinity`] keeps an end on one CPU, where asked.
+
+mod affinity;
+mod client;
+mod protocol;
+mod samples;
+mod server;
+
+use clap::{Parser, Subcommand};
+
+/// Measures Heddle's data paths beside plain TCP.
+#[derive(Parser)]
+#[command(name = "heddle-bench", version, about)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// The serving end: echoes, swallows bulk data, and (one port higher) accepts and closes.
+    Server(server::ServerArguments),
+    /// The measuring end: runs one measurement and prints it as one line of JSON.
+    Client(client::ClientArguments),
+}
+
+fn main() -> anyhow::Result<()> {
+    match Arguments::parse().command {
+        Command::Server(arguments) => server::run(&arguments),
+        Command::Client(arguments) => client::run(&arguments),
+    }
+}
