@@ -2,12 +2,14 @@
 //!
 //! - [`server`] and [`client`] are the two ends of a measurement: small, blocking programs on the
 //!   standard library's sockets, so that the figures are the kernel's and not a runtime's.
+//! - [`direct`] runs the two on the direct path and on plain TCP in turn, and compares.
 //! - [`protocol`] is what the two say to each other.
 //! - [`samples`] turns latencies into percentiles.
 //! - [`affinity`] keeps an end on one CPU, where asked.
 
 mod affinity;
 mod client;
+mod direct;
 mod protocol;
 mod samples;
 mod server;
@@ -28,11 +30,14 @@ enum Command {
     Server(server::ServerArguments),
     /// The measuring end: runs one measurement and prints it as one line of JSON.
     Client(client::ClientArguments),
+    /// Compares the kernel's direct path in a mesh with plain TCP.
+    Direct(direct::DirectArguments),
 }
 
 fn main() -> anyhow::Result<()> {
     match Arguments::parse().command {
         Command::Server(arguments) => server::run(&arguments),
         Command::Client(arguments) => client::run(&arguments),
+        Command::Direct(arguments) => direct::run(&arguments),
     }
 }

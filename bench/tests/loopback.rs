@@ -1,5 +1,10 @@
 //! Both ends of every measurement, as real processes over loopback.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "clippy allows it in tests, but not in the helpers of integration tests"
+)]
+
 use std::{
     io::{BufRead, BufReader},
     process::{Child, Command, Stdio},
@@ -106,5 +111,41 @@ fn a_server_that_is_not_there_is_an_error() {
         let output = client("127.0.0.1:1", mode, 64);
         assert!(!output.status.success(), "{mode}");
         assert!(output.stdout.is_empty(), "{mode}");
+    }
+}
+
+/// The whole of `direct` but for the mesh: real namespaces, alternating rounds, the report.
+#[test]
+fn plain_tcp_compared_with_itself_gives_every_figure() {
+    let output = bench()
+        .args(["direct", "--control", "--rounds", "1", "--seconds", "0.2"])
+        .args(["-o", "json"])
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let figures: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let comparisons = figures["comparisons"].as_array().unwrap();
+    let names: Vec<_> = comparisons
+        .iter()
+        .map(|line| format!("{} {}", line["scenario"], line["metric"]).replace('"', ""))
+        .collect();
+    assert_eq!(
+        names,
+        [
+            "ping-pong 64 B p50",
+            "ping-pong 64 B p99",
+            "ping-pong 4096 B p50",
+            "ping-pong 4096 B p99",
+            "bulk throughput",
+            "new connections rate",
+        ]
+    );
+    for line in comparisons {
+        assert!(line["plain_median"].as_f64().unwrap() > 0.0, "{line}");
+        assert!(line["mesh_median"].as_f64().unwrap() > 0.0, "{line}");
     }
 }

@@ -1,0 +1,246 @@
+//! `heddle-bench direct`: the kernel's direct path beside plain TCP, in one run.
+//!
+//! Two sides carry the same measurements in turn, A B, B A, A B, …, so that whatever drifts on the machine drifts for
+//! both: [`plain`] is two namespaces joined by veth and bridge and nothing else, [`mesh`] is two workloads of
+//! a real mesh with policy and flow records on. [`report`] makes figures of it. What one measurement
+//! does is [`crate::client`]'s business.
+
+mod mesh;
+mod namespace;
+mod plain;
+mod report;
+
+use std::{path::PathBuf, process::Command, time::Duration};
+
+use anyhow::{Context, bail, ensure};
+use clap::{Args, ValueEnum};
+
+use self::{
+    mesh::Mesh,
+    plain::Plain,
+    report::{Report, Scenario},
+};
+use crate::client::{Measurement, Mode};
+
+/// Arguments of `heddle-bench direct`.
+#[derive(Debug, Args)]
+pub(crate) struct DirectArguments {
+    /// Rounds; each measures everything once on both sides.
+    #[arg(long, default_value_t = 7)]
+    rounds: usize,
+    /// Time of one measurement in seconds.
+    #[arg(long, default_value_t = 1.0)]
+    seconds: f64,
+    /// CPUs of the client and the server.
+    #[arg(long, default_value = "0,1", value_delimiter = ',', num_args = 1)]
+    cpus: Vec<usize>,
+    /// Replicas in the start-up measurement; 0 leaves it out.
+    #[arg(long, default_value_t = 50)]
+    replicas: u32,
+    /// Compare plain TCP with itself instead of with a mesh: how far the ratios stray from 1 is the noise.
+    #[arg(long)]
+    control: bool,
+    /// The heddle command (default: the one beside this program).
+    #[arg(long)]
+    heddle: Option<PathBuf>,
+    /// How to print the figures.
+    #[arg(short, long, value_enum, default_value_t = Output::Table)]
+    output: Output,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Output {
+    /// For people.
+    Table,
+    /// For programs.
+    Json,
+}
+
+/// What is measured, in this order, in every round.
+const SCENARIOS: [Scenario; 4] = [
+    Scenario::new(Mode::Pingpong, 64),
+    Scenario::new(Mode::Pingpong, 4096),
+    Scenario::new(Mode::Bulk, 128 * 1024),
+    Scenario::new(Mode::Connect, 64),
+];
+
+/// The data port of the server on both sides.
+const PORT: u16 = 7000;
+
+/// How both sides run one end of a measurement.
+#[derive(Debug, Clone)]
+struct Ends {
+    /// This program, by a path that is the same inside a workload.
+    program: PathBuf,
+    client_cpu: usize,
+    server_cpu: usize,
+    seconds: f64,
+}
+
+impl Ends {
+    /// Arguments of this program as the server.
+    fn server_arguments(&self) -> [String; 3] {
+        [
+            "server".to_owned(),
+            format!("--port={PORT}"),
+            format!("--cpu={}", self.server_cpu),
+        ]
+    }
+}
+
+/// One side of the comparison.
+trait Side {
+    /// Runs this program with `arguments` where the client is.
+    fn client(&self, arguments: &[String]) -> anyhow::Result<std::process::Output>;
+    /// `HOST:PORT` of the server as the client says it.
+    fn target(&self) -> String;
+}
+
+/// Measures, and prints the report.
+pub(crate) fn run(arguments: &DirectArguments) -> anyhow::Result<()> {
+    let &[client_cpu, server_cpu] = arguments.cpus.as_slice() else {
+        bail!("--cpus takes two numbers, the client's and the server's: --cpus 0,1");
+    };
+    ensure!(arguments.rounds > 0, "--rounds must be at least 1");
+    ensure!(
+        nix::unistd::geteuid().is_root(),
+        "run as root: namespaces are made and eBPF programs loaded"
+    );
+    let ends = Ends {
+        program: own_program()?,
+        client_cpu,
+        server_cpu,
+        seconds: arguments.seconds,
+    };
+    let mut report = Report::new(&SCENARIOS);
+    if arguments.control {
+        let other = Plain::start(&ends)?;
+        measure_rounds(arguments.rounds, &other, &ends, &mut report)?;
+    } else {
+        let heddle = heddle_program(arguments, &ends)?;
+        let mesh = Mesh::start(&heddle, &ends)?;
+        measure_rounds(arguments.rounds, &mesh, &ends, &mut report)?;
+        drop(mesh);
+        if arguments.replicas > 0 {
+            eprintln!("start of {} replicas", arguments.replicas);
+            let up = mesh::time_of_start(&heddle, arguments.replicas)?;
+            report.start_of_replicas(arguments.replicas, up, own_start(arguments.replicas)?);
+        }
+    }
+    match arguments.output {
+        Output::Table => print!("{report}"),
+        Output::Json => println!("{}", serde_json::to_string_pretty(&report.figures())?),
+    }
+    Ok(())
+}
+
+fn measure_rounds(
+    rounds: usize,
+    other: &dyn Side,
+    ends: &Ends,
+    report: &mut Report,
+) -> anyhow::Result<()> {
+    let plain = Plain::start(ends)?;
+    for round in 0..rounds {
+        eprintln!("round {} of {rounds}", round + 1);
+        measure_round(round, &plain, other, ends, report)?;
+    }
+    Ok(())
+}
+
+fn measure_round(
+    round: usize,
+    plain: &dyn Side,
+    other: &dyn Side,
+    ends: &Ends,
+    report: &mut Report,
+) -> anyhow::Result<()> {
+    for (index, scenario) in SCENARIOS.iter().enumerate() {
+        let (of_plain, of_other);
+        if (round + index).is_multiple_of(2) {
+            of_plain = measure(plain, scenario, ends)?;
+            of_other = measure(other, scenario, ends)?;
+        } else {
+            of_other = measure(other, scenario, ends)?;
+            of_plain = measure(plain, scenario, ends)?;
+        }
+        report.add(index, of_plain, of_other);
+    }
+    Ok(())
+}
+
+fn measure(side: &dyn Side, scenario: &Scenario, ends: &Ends) -> anyhow::Result<Measurement> {
+    let target = side.target();
+    let arguments = [
+        "client".to_owned(),
+        format!("--mode={}", scenario.mode_argument()),
+        format!("--size={}", scenario.size),
+        format!("--seconds={}", ends.seconds),
+        format!("--cpu={}", ends.client_cpu),
+        format!("--connect={target}"),
+    ];
+    let output = side.client(&arguments)?;
+    ensure!(
+        output.status.success(),
+        "measuring {scenario} against {target} failed ({}): {}",
+        output.status,
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    let measurement: Measurement = serde_json::from_slice(&output.stdout).with_context(|| {
+        format!(
+            "the client did not print a measurement but: {}",
+            String::from_utf8_lossy(&output.stdout)
+        )
+    })?;
+    ensure!(
+        measurement.errors == 0,
+        "{} connections to {target} failed while measuring {scenario}",
+        measurement.errors
+    );
+    Ok(measurement)
+}
+
+fn heddle_program(arguments: &DirectArguments, ends: &Ends) -> anyhow::Result<PathBuf> {
+    let heddle = arguments
+        .heddle
+        .clone()
+        .unwrap_or_else(|| ends.program.with_file_name("heddle"));
+    ensure!(
+        heddle.exists(),
+        "{} is missing: cargo build --release --bin heddle, or say --heddle PATH",
+        heddle.display()
+    );
+    Ok(heddle)
+}
+
+/// This program's path. Workloads see the machine's files, but have a /tmp and a /run of their own.
+fn own_program() -> anyhow::Result<PathBuf> {
+    let program = std::env::current_exe().context("cannot tell where this program is")?;
+    for private in ["/tmp", "/run", "/var/tmp", "/dev"] {
+        ensure!(
+            !program.starts_with(private),
+            "{} cannot be seen inside a workload: build into a folder outside {private}",
+            program.display()
+        );
+    }
+    Ok(program)
+}
+
+/// What starting the programs takes without any mesh: the share of a start that is their own.
+fn own_start(replicas: u32) -> anyhow::Result<Duration> {
+    let started = std::time::Instant::now();
+    let mut children = Vec::new();
+    for _ in 0..replicas {
+        let child = Command::new(mesh::IDLE_PROGRAM[0])
+            .args(&mesh::IDLE_PROGRAM[1..])
+            .spawn()
+            .with_context(|| format!("cannot start {}", mesh::IDLE_PROGRAM[0]))?;
+        children.push(child);
+    }
+    let elapsed = started.elapsed();
+    for mut child in children {
+        child.kill()?;
+        child.wait()?;
+    }
+    Ok(elapsed)
+}

@@ -1,0 +1,342 @@
+//! Figures out of rounds: medians of both sides, their ratio with its spread, and whether the aim is met.
+//!
+//! A ratio is formed within each round and the median taken of those, so that a machine that is slow for
+//! some rounds is slow on both sides of the division.
+
+use std::{fmt, time::Duration};
+
+use serde::Serialize;
+
+use crate::client::{Measurement, Mode};
+
+/// One kind of measurement.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Scenario {
+    pub(super) mode: Mode,
+    /// Message size in bytes.
+    pub(super) size: u32,
+}
+
+impl Scenario {
+    pub(super) const fn new(mode: Mode, size: u32) -> Self {
+        Self { mode, size }
+    }
+
+    /// The value of the client's `--mode`.
+    pub(super) fn mode_argument(&self) -> &'static str {
+        match self.mode {
+            Mode::Pingpong => "pingpong",
+            Mode::Bulk => "bulk",
+            Mode::Connect => "connect",
+        }
+    }
+
+    /// The figures that this kind of measurement yields.
+    fn metrics(&self) -> &'static [Metric] {
+        match self.mode {
+            Mode::Pingpong => &[Metric::P50, Metric::P99],
+            Mode::Bulk => &[Metric::Bytes],
+            Mode::Connect => &[Metric::Connections],
+        }
+    }
+}
+
+impl fmt::Display for Scenario {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.mode {
+            Mode::Pingpong => write!(formatter, "ping-pong {} B", self.size),
+            Mode::Bulk => write!(formatter, "bulk"),
+            Mode::Connect => write!(formatter, "new connections"),
+        }
+    }
+}
+
+/// One figure of a measurement.
+#[derive(Debug, Clone, Copy)]
+enum Metric {
+    P50,
+    P99,
+    Bytes,
+    Connections,
+}
+
+impl Metric {
+    /// In the unit that the report prints.
+    fn of(self, measurement: &Measurement) -> f64 {
+        match self {
+            Self::P50 => measurement.p50_ns as f64 / 1e3,
+            Self::P99 => measurement.p99_ns as f64 / 1e3,
+            Self::Bytes => measurement.bytes_per_second * 8.0 / 1e9,
+            Self::Connections => measurement.connections_per_second,
+        }
+    }
+
+    fn name_and_unit(self) -> (&'static str, &'static str) {
+        match self {
+            Self::P50 => ("p50", "µs"),
+            Self::P99 => ("p99", "µs"),
+            Self::Bytes => ("throughput", "Gbit/s"),
+            Self::Connections => ("rate", "1/s"),
+        }
+    }
+
+    fn aim(self) -> Aim {
+        match self {
+            Self::P50 | Self::P99 => Aim::AtMost(1.02),
+            Self::Bytes => Aim::AtLeast(0.98),
+            Self::Connections => Aim::AtLeast(0.92),
+        }
+    }
+}
+
+/// The ratio (mesh to plain TCP) that Heddle aims at.
+#[derive(Debug, Clone, Copy)]
+enum Aim {
+    AtMost(f64),
+    AtLeast(f64),
+}
+
+impl Aim {
+    fn is_met(self, ratio: f64) -> bool {
+        match self {
+            Self::AtMost(bound) => ratio <= bound,
+            Self::AtLeast(bound) => ratio >= bound,
+        }
+    }
+}
+
+impl fmt::Display for Aim {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::AtMost(bound) => write!(formatter, "≤ {bound:.2}"),
+            Self::AtLeast(bound) => write!(formatter, "≥ {bound:.2}"),
+        }
+    }
+}
+
+/// Time in which all replicas should be up, beyond the programs' own start.
+const START_AIM: Duration = Duration::from_secs(3);
+
+/// All measurements of a run.
+#[derive(Debug)]
+pub(super) struct Report {
+    scenarios: Vec<(Scenario, Vec<Pair>)>,
+    start: Option<StartFigure>,
+}
+
+/// One scenario in one round.
+#[derive(Debug)]
+struct Pair {
+    plain: Measurement,
+    mesh: Measurement,
+}
+
+impl Report {
+    pub(super) fn new(scenarios: &[Scenario]) -> Self {
+        Self {
+            scenarios: scenarios
+                .iter()
+                .map(|&scenario| (scenario, Vec::new()))
+                .collect(),
+            start: None,
+        }
+    }
+
+    /// Adds what one round measured for the scenario of this index.
+    pub(super) fn add(&mut self, scenario: usize, plain: Measurement, mesh: Measurement) {
+        self.scenarios[scenario].1.push(Pair { plain, mesh });
+    }
+
+    /// Adds the time of `heddle up`, and what starting the programs takes by itself.
+    pub(super) fn start_of_replicas(&mut self, replicas: u32, up: Duration, own: Duration) {
+        let beyond = up.saturating_sub(own);
+        self.start = Some(StartFigure {
+            replicas,
+            up_seconds: up.as_secs_f64(),
+            own_seconds: own.as_secs_f64(),
+            beyond_seconds: beyond.as_secs_f64(),
+            aim_seconds: START_AIM.as_secs_f64(),
+            met: beyond < START_AIM,
+        });
+    }
+
+    /// The figures, for printing or as JSON.
+    pub(super) fn figures(&self) -> Figures {
+        let comparisons = self
+            .scenarios
+            .iter()
+            .flat_map(|(scenario, pairs)| {
+                scenario
+                    .metrics()
+                    .iter()
+                    .map(move |&metric| Comparison::of(scenario, metric, pairs))
+            })
+            .collect();
+        Figures {
+            comparisons,
+            start: self.start.clone(),
+        }
+    }
+}
+
+/// Everything a run found.
+#[derive(Debug, Serialize)]
+pub(super) struct Figures {
+    comparisons: Vec<Comparison>,
+    start: Option<StartFigure>,
+}
+
+/// One figure on both sides.
+#[derive(Debug, Serialize)]
+struct Comparison {
+    scenario: String,
+    metric: &'static str,
+    unit: &'static str,
+    rounds: usize,
+    plain_median: f64,
+    mesh_median: f64,
+    ratio_median: f64,
+    ratio_min: f64,
+    ratio_max: f64,
+    aim: String,
+    met: bool,
+}
+
+impl Comparison {
+    fn of(scenario: &Scenario, metric: Metric, pairs: &[Pair]) -> Self {
+        let plain: Vec<f64> = pairs.iter().map(|pair| metric.of(&pair.plain)).collect();
+        let mesh: Vec<f64> = pairs.iter().map(|pair| metric.of(&pair.mesh)).collect();
+        let ratios: Vec<f64> = mesh
+            .iter()
+            .zip(&plain)
+            .map(|(mesh, plain)| mesh / plain)
+            .collect();
+        let (metric_name, unit) = metric.name_and_unit();
+        let ratio_median = median(&ratios);
+        Self {
+            scenario: scenario.to_string(),
+            metric: metric_name,
+            unit,
+            rounds: pairs.len(),
+            plain_median: median(&plain),
+            mesh_median: median(&mesh),
+            ratio_median,
+            ratio_min: ratios.iter().copied().fold(f64::INFINITY, f64::min),
+            ratio_max: ratios.iter().copied().fold(f64::NEG_INFINITY, f64::max),
+            aim: metric.aim().to_string(),
+            met: metric.aim().is_met(ratio_median),
+        }
+    }
+}
+
+/// The start of many replicas.
+#[derive(Debug, Clone, Serialize)]
+struct StartFigure {
+    replicas: u32,
+    up_seconds: f64,
+    own_seconds: f64,
+    beyond_seconds: f64,
+    aim_seconds: f64,
+    met: bool,
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let figures = self.figures();
+        writeln!(
+            formatter,
+            "{:<16} {:<11} {:>7} {:>11} {:>11} {:>7}  {:<15} {:<7}",
+            "", "", "", "plain TCP", "mesh", "ratio", "(min – max)", "aim"
+        )?;
+        for line in &figures.comparisons {
+            let spread = format!("({:.3} – {:.3})", line.ratio_min, line.ratio_max);
+            writeln!(
+                formatter,
+                "{:<16} {:<11} {:>7} {:>11.2} {:>11.2} {:>7.3}  {spread:<15} {:<7} {}",
+                line.scenario,
+                line.metric,
+                line.unit,
+                line.plain_median,
+                line.mesh_median,
+                line.ratio_median,
+                line.aim,
+                verdict(line.met),
+            )?;
+        }
+        if let Some(start) = &figures.start {
+            writeln!(
+                formatter,
+                "\nheddle up of {} replicas: {:.2} s, of which the programs' own start {:.2} s; beyond it {:.2} s, aim < {:.0} s: {}",
+                start.replicas,
+                start.up_seconds,
+                start.own_seconds,
+                start.beyond_seconds,
+                start.aim_seconds,
+                verdict(start.met),
+            )?;
+        }
+        Ok(())
+    }
+}
+
+fn verdict(met: bool) -> &'static str {
+    if met { "met" } else { "missed" }
+}
+
+/// The middle value, or the mean of the two middle ones; not a number when there is none.
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    match sorted.len() {
+        0 => f64::NAN,
+        odd if odd % 2 == 1 => sorted[odd / 2],
+        even => f64::midpoint(sorted[even / 2 - 1], sorted[even / 2]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn measurement(p50_ns: u64) -> Measurement {
+        Measurement {
+            mode: Mode::Pingpong,
+            size: 64,
+            seconds: 1.0,
+            p50_ns,
+            p99_ns: p50_ns * 2,
+            messages_per_second: 0.0,
+            bytes_per_second: 0.0,
+            connections_per_second: 0.0,
+            errors: 0,
+        }
+    }
+
+    #[test]
+    fn ratios_are_formed_within_rounds() {
+        let mut report = Report::new(&[Scenario::new(Mode::Pingpong, 64)]);
+        // The machine is ten times slower in the second round; the ratio is 1.01 throughout.
+        for scale in [1, 10, 1] {
+            report.add(0, measurement(10_000 * scale), measurement(10_100 * scale));
+        }
+        let figures = report.figures();
+        let p50 = &figures.comparisons[0];
+        assert_eq!((p50.metric, p50.unit), ("p50", "µs"));
+        assert!((p50.ratio_max - 1.01).abs() < 1e-9, "{p50:?}");
+        assert!((p50.plain_median - 10.0).abs() < 1e-9, "{p50:?}");
+        assert!(p50.met);
+    }
+
+    #[test]
+    fn aims_look_the_right_way() {
+        assert!(Aim::AtMost(1.02).is_met(1.0) && !Aim::AtMost(1.02).is_met(1.03));
+        assert!(Aim::AtLeast(0.98).is_met(1.0) && !Aim::AtLeast(0.98).is_met(0.97));
+    }
+
+    #[test]
+    fn median_of_odd_even_and_none() {
+        assert_eq!(median(&[3.0, 1.0, 2.0]).to_bits(), 2.0_f64.to_bits());
+        assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]).to_bits(), 2.5_f64.to_bits());
+        assert!(median(&[]).is_nan());
+    }
+}
