@@ -120,6 +120,8 @@ const START_AIM: Duration = Duration::from_secs(3);
 /// All measurements of a run.
 #[derive(Debug)]
 pub(super) struct Report {
+    /// What plain TCP is compared with.
+    other: &'static str,
     scenarios: Vec<(Scenario, Vec<Pair>)>,
     start: Option<StartFigure>,
 }
@@ -128,12 +130,13 @@ pub(super) struct Report {
 #[derive(Debug)]
 struct Pair {
     plain: Measurement,
-    mesh: Measurement,
+    other: Measurement,
 }
 
 impl Report {
-    pub(super) fn new(scenarios: &[Scenario]) -> Self {
+    pub(super) fn new(scenarios: &[Scenario], other: &'static str) -> Self {
         Self {
+            other,
             scenarios: scenarios
                 .iter()
                 .map(|&scenario| (scenario, Vec::new()))
@@ -143,8 +146,8 @@ impl Report {
     }
 
     /// Adds what one round measured for the scenario of this index.
-    pub(super) fn add(&mut self, scenario: usize, plain: Measurement, mesh: Measurement) {
-        self.scenarios[scenario].1.push(Pair { plain, mesh });
+    pub(super) fn add(&mut self, scenario: usize, plain: Measurement, other: Measurement) {
+        self.scenarios[scenario].1.push(Pair { plain, other });
     }
 
     /// Adds the time of `heddle up`, and what starting the programs takes by itself.
@@ -173,6 +176,7 @@ impl Report {
             })
             .collect();
         Figures {
+            other: self.other,
             comparisons,
             start: self.start.clone(),
         }
@@ -182,6 +186,7 @@ impl Report {
 /// Everything a run found.
 #[derive(Debug, Serialize)]
 pub(super) struct Figures {
+    other: &'static str,
     comparisons: Vec<Comparison>,
     start: Option<StartFigure>,
 }
@@ -194,7 +199,7 @@ struct Comparison {
     unit: &'static str,
     rounds: usize,
     plain_median: f64,
-    mesh_median: f64,
+    other_median: f64,
     ratio_median: f64,
     ratio_min: f64,
     ratio_max: f64,
@@ -205,11 +210,11 @@ struct Comparison {
 impl Comparison {
     fn of(scenario: &Scenario, metric: Metric, pairs: &[Pair]) -> Self {
         let plain: Vec<f64> = pairs.iter().map(|pair| metric.of(&pair.plain)).collect();
-        let mesh: Vec<f64> = pairs.iter().map(|pair| metric.of(&pair.mesh)).collect();
-        let ratios: Vec<f64> = mesh
+        let other: Vec<f64> = pairs.iter().map(|pair| metric.of(&pair.other)).collect();
+        let ratios: Vec<f64> = other
             .iter()
             .zip(&plain)
-            .map(|(mesh, plain)| mesh / plain)
+            .map(|(other, plain)| other / plain)
             .collect();
         let (metric_name, unit) = metric.name_and_unit();
         let ratio_median = median(&ratios);
@@ -219,7 +224,7 @@ impl Comparison {
             unit,
             rounds: pairs.len(),
             plain_median: median(&plain),
-            mesh_median: median(&mesh),
+            other_median: median(&other),
             ratio_median,
             ratio_min: ratios.iter().copied().fold(f64::INFINITY, f64::min),
             ratio_max: ratios.iter().copied().fold(f64::NEG_INFINITY, f64::max),
@@ -246,7 +251,7 @@ impl fmt::Display for Report {
         writeln!(
             formatter,
             "{:<16} {:<11} {:>7} {:>11} {:>11} {:>7}  {:<15} {:<7}",
-            "", "", "", "plain TCP", "mesh", "ratio", "(min – max)", "aim"
+            "", "", "", "plain TCP", self.other, "ratio", "(min – max)", "aim"
         )?;
         for line in &figures.comparisons {
             let spread = format!("({:.3} – {:.3})", line.ratio_min, line.ratio_max);
@@ -257,7 +262,7 @@ impl fmt::Display for Report {
                 line.metric,
                 line.unit,
                 line.plain_median,
-                line.mesh_median,
+                line.other_median,
                 line.ratio_median,
                 line.aim,
                 verdict(line.met),
@@ -314,7 +319,7 @@ mod tests {
 
     #[test]
     fn ratios_are_formed_within_rounds() {
-        let mut report = Report::new(&[Scenario::new(Mode::Pingpong, 64)]);
+        let mut report = Report::new(&[Scenario::new(Mode::Pingpong, 64)], "mesh");
         // The machine is ten times slower in the second round; the ratio is 1.01 throughout.
         for scale in [1, 10, 1] {
             report.add(0, measurement(10_000 * scale), measurement(10_100 * scale));
