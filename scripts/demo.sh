@@ -101,7 +101,9 @@ show_live_policy_edit() {
     title "A policy edit takes effect while everything runs" \
         "The API's policy gets one more caller, the client; then the edit is taken back."
     grep -qF "$frontend_only" "$policies" || fail "$policies does not say what this step edits"
-    sed -i "s|$frontend_only|$client_too|" "$policies"
+    local text
+    text=$(<"$policies")
+    printf '%s\n' "${text/"$frontend_only"/"$client_too"}" >"$policies"
     diff -u examples/shop/policies.yaml "$policies" | grep '^[+-] ' || true
     wait_until "the client may call the API" heddle "${call[@]}"
     cp examples/shop/policies.yaml "$policies"
