@@ -1,1 +1,31 @@
-//! eBPF programs, their loader, typed maps and flow events: the only crate that knows BPF.
+//! The kernel side of Heddle: eBPF programs (`bpf/`), their loader, typed maps and flow events.
+//!
+//! This is the only crate that knows BPF. What the maps *mean* is decided in crate `node`, which fills
+//! them from policy; here they are just tables with room or without. A life of a connection through the
+//! programs is told in ARCHITECTURE.md.
+
+mod attach;
+mod error;
+mod events;
+mod loader;
+mod probe;
+mod reason;
+mod sys;
+mod table;
+mod types;
+
+pub use attach::AttachedProgram;
+pub use error::KernelError;
+pub use events::FlowReader;
+pub use loader::{Kernel, KernelConfig, MapSizes, Tables};
+pub use probe::missing_features;
+pub use reason::Reason;
+pub use table::Table;
+pub use types::{
+    Action, Address, AddressEntry, CaptureKey, CaptureKind, CgroupEntry, DeviceEntry,
+    EndpointEntry, FlowEvent, FlowKind, ServiceEntry, ServiceKey, SlotEntry, SlotKey, SocketClass,
+    VerdictEntry, VerdictKey, WorkloadEntry,
+};
+
+/// Identity id of peers that nobody vouches for (traffic from outside the mesh).
+pub const SOURCE_ANONYMOUS: u32 = 0;

@@ -1,0 +1,192 @@
+/* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
+ *
+ * connect() and unconnected datagrams: the decision is made here, before a packet exists.
+ * getpeername() and recvmsg() then show the program the address that it asked for.
+ */
+#pragma once
+
+#include <linux/in.h>
+
+#include "decide.h"
+#include "flow.h"
+#include "refuse.h"
+#include "socket.h"
+
+static __always_inline void read_v6(struct address *to, struct bpf_sock_addr *ctx)
+{
+	to->word[0] = CONTEXT_READ(ctx, user_ip6[0]);
+	to->word[1] = CONTEXT_READ(ctx, user_ip6[1]);
+	to->word[2] = CONTEXT_READ(ctx, user_ip6[2]);
+	to->word[3] = CONTEXT_READ(ctx, user_ip6[3]);
+}
+
+static __always_inline void write_v4(struct bpf_sock_addr *ctx, const struct address *a, __u16 port)
+{
+	ctx->user_ip4 = a->word[3];
+	ctx->user_port = bpf_htons(port);
+}
+
+static __always_inline void write_v6(struct bpf_sock_addr *ctx, const struct address *a, __u16 port)
+{
+	ctx->user_ip6[0] = a->word[0];
+	ctx->user_ip6[1] = a->word[1];
+	ctx->user_ip6[2] = a->word[2];
+	ctx->user_ip6[3] = a->word[3];
+	ctx->user_port = bpf_htons(port);
+}
+
+static __always_inline void report_refusal(struct bpf_sock_addr *ctx, const struct decision *d,
+					   const struct grant *grant, __u8 protocol, __u8 socket_class)
+{
+	struct flow_event *event;
+
+	count(d->reason);
+	event = flow_begin(FLOW_REFUSED_CONNECT, grant);
+	if (!event)
+		return;
+	event->cookie = bpf_get_socket_cookie(ctx);
+	event->destination = d->destination;
+	event->destination_port = d->port;
+	event->reason = d->reason;
+	event->protocol = protocol;
+	event->socket_class = socket_class;
+	flow_submit(event);
+}
+
+/* Returns 1 with *d to apply, or 0 after having refused. *d holds the asked-for address on entry. */
+static __always_inline int route_socket(struct bpf_sock_addr *ctx, struct decision *d)
+{
+	struct bpf_sock *socket = ctx->sk;
+	__u8 protocol = CONTEXT_READ(ctx, type) == 1 ? IPPROTO_TCP : IPPROTO_UDP;
+	struct grant grant = {};
+	struct socket_state *state;
+
+	if (!socket)
+		return refuse_with(EACCES);
+	state = bpf_sk_storage_get(&sockets, socket, 0, 0);
+	grant.original = d->destination;
+	grant.original_port = d->port;
+	if (!state || state->socket_class == CLASS_NONE) {
+		d->reason = REASON_NO_IDENTITY;
+		report_refusal(ctx, d, &grant, protocol, CLASS_NONE);
+		return refuse_with(EACCES);
+	}
+	if (state->socket_class == CLASS_AGENT) {
+		state->flags = SOCKET_ADMITTED | SOCKET_LOCAL | SOCKET_CLIENT;
+		return 1;
+	}
+	decide(state, protocol, d, &grant);
+	if (d->action == ACTION_DENY) {
+		state->flags = 0;
+		report_refusal(ctx, d, &grant, protocol, state->socket_class);
+		return refuse_with(error_of(d->reason));
+	}
+	grant.start_ns = bpf_ktime_get_ns();
+	grant.reason = d->reason;
+	state->grant = grant;
+	state->flags = SOCKET_ADMITTED | SOCKET_CLIENT;
+	if (d->local)
+		state->flags |= SOCKET_LOCAL;
+	if (d->port != grant.original_port || !address_equal(&d->destination, &grant.original))
+		state->flags |= SOCKET_REDIRECTED;
+	return 1;
+}
+
+static __always_inline int route_v4(struct bpf_sock_addr *ctx)
+{
+	struct decision d = {};
+
+	address_from_v4(&d.destination, CONTEXT_READ(ctx, user_ip4));
+	d.port = bpf_ntohs((__u16)CONTEXT_READ(ctx, user_port));
+	if (!route_socket(ctx, &d))
+		return 0;
+	write_v4(ctx, &d.destination, d.port);
+	return 1;
+}
+
+static __always_inline int route_v6(struct bpf_sock_addr *ctx)
+{
+	struct decision d = {};
+
+	read_v6(&d.destination, ctx);
+	d.port = bpf_ntohs((__u16)CONTEXT_READ(ctx, user_port));
+	if (!route_socket(ctx, &d))
+		return 0;
+	write_v6(ctx, &d.destination, d.port);
+	return 1;
+}
+
+SEC("cgroup/connect4")
+int heddle_connect4(struct bpf_sock_addr *ctx)
+{
+	return route_v4(ctx);
+}
+
+SEC("cgroup/connect6")
+int heddle_connect6(struct bpf_sock_addr *ctx)
+{
+	return route_v6(ctx);
+}
+
+SEC("cgroup/sendmsg4")
+int heddle_sendmsg4(struct bpf_sock_addr *ctx)
+{
+	return route_v4(ctx);
+}
+
+SEC("cgroup/sendmsg6")
+int heddle_sendmsg6(struct bpf_sock_addr *ctx)
+{
+	return route_v6(ctx);
+}
+
+/* The state whose original address should be shown instead of the real one, or null. */
+static __always_inline struct socket_state *redirected(struct bpf_sock_addr *ctx)
+{
+	struct bpf_sock *socket = ctx->sk;
+	struct socket_state *state = socket ? bpf_sk_storage_get(&sockets, socket, 0, 0) : 0;
+
+	return state && (state->flags & SOCKET_REDIRECTED) ? state : 0;
+}
+
+static __always_inline int show_v4(struct bpf_sock_addr *ctx)
+{
+	struct socket_state *state = redirected(ctx);
+
+	if (state && address_is_v4(&state->grant.original))
+		write_v4(ctx, &state->grant.original, state->grant.original_port);
+	return 1;
+}
+
+static __always_inline int show_v6(struct bpf_sock_addr *ctx)
+{
+	struct socket_state *state = redirected(ctx);
+
+	if (state)
+		write_v6(ctx, &state->grant.original, state->grant.original_port);
+	return 1;
+}
+
+SEC("cgroup/getpeername4")
+int heddle_getpeername4(struct bpf_sock_addr *ctx)
+{
+	return show_v4(ctx);
+}
+
+SEC("cgroup/getpeername6")
+int heddle_getpeername6(struct bpf_sock_addr *ctx)
+{
+	return show_v6(ctx);
+}
+
+SEC("cgroup/recvmsg4")
+int heddle_recvmsg4(struct bpf_sock_addr *ctx)
+{
+	return show_v4(ctx);
+}
+
+SEC("cgroup/recvmsg6")
+int heddle_recvmsg6(struct bpf_sock_addr *ctx)
+{
+	return show_v6(ctx);
+}

@@ -1,0 +1,214 @@
+/* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
+ *
+ * The decision: where a connection goes, and whether it may. Every miss is a refusal with a reason.
+ */
+#pragma once
+
+#include <linux/in.h>
+
+#include "address.h"
+#include "maps.h"
+
+struct decision {
+	struct address destination;
+	__u16 port;
+	__u16 reason;
+	__u8 action; /* enum action; ACTION_DENY leaves the rest unset */
+	__u8 local;  /* stays inside the workload */
+	__u16 padding;
+};
+
+/* Ports in a workload that are the agent's; see struct capture_key. */
+static __always_inline int capture_target(__u32 workload, __u32 kind, __u16 *port)
+{
+	struct capture_key key = { .workload = workload, .kind = kind };
+	__u32 *target = bpf_map_lookup_elem(&capture, &key);
+
+	if (!target)
+		return 0;
+	*port = *target;
+	return 1;
+}
+
+static __always_inline struct endpoint_entry *sticky_endpoint(const struct affinity_key *key,
+							      const struct service_entry *service)
+{
+	struct affinity_entry *sticky = bpf_map_lookup_elem(&affinity, key);
+	struct endpoint_entry *endpoint;
+	__u64 now;
+
+	if (!sticky)
+		return 0;
+	now = bpf_ktime_get_ns();
+	if (now - sticky->last_ns > (__u64)service->affinity_seconds * 1000000000ULL)
+		return 0;
+	/* Endpoint ids are never used twice: an entry that is there is still this service's. */
+	endpoint = bpf_map_lookup_elem(&endpoints, &sticky->endpoint);
+	if (!endpoint || endpoint->service != service->service)
+		return 0;
+	sticky->last_ns = now;
+	return endpoint;
+}
+
+static __always_inline struct endpoint_entry *pick_endpoint(__u32 workload,
+							    const struct service_entry *service)
+{
+	struct affinity_key sticky_key = { .workload = workload, .service = service->service };
+	struct slot_key key = { .service = service->service, .generation = service->generation };
+	struct affinity_entry sticky = {};
+	struct endpoint_entry *endpoint;
+	struct slot_entry *slot;
+	__u32 chosen;
+
+	if (service->affinity_seconds) {
+		endpoint = sticky_endpoint(&sticky_key, service);
+		if (endpoint)
+			return endpoint;
+	}
+	key.slot = ((__u64)bpf_get_prandom_u32() * service->slots) >> 32;
+	slot = bpf_map_lookup_elem(&slots, &key);
+	if (!slot)
+		return 0;
+	chosen = bpf_get_prandom_u32() <= slot->threshold ? slot->endpoint : slot->alias;
+	endpoint = bpf_map_lookup_elem(&endpoints, &chosen);
+	if (endpoint && service->affinity_seconds) {
+		sticky.endpoint = chosen;
+		sticky.last_ns = bpf_ktime_get_ns();
+		bpf_map_update_elem(&affinity, &sticky_key, &sticky, BPF_ANY);
+	}
+	return endpoint;
+}
+
+static __always_inline struct verdict_entry *find_verdict(__u32 source, __u32 policy_set, __u16 port,
+							  __u8 socket_class, __u8 protocol)
+{
+	struct verdict_key key = {
+		.source = source,
+		.policy_set = policy_set,
+		.port = port,
+		.socket_class = socket_class,
+		.protocol = protocol,
+	};
+	struct verdict_entry *verdict = bpf_map_lookup_elem(&verdicts, &key);
+
+	if (verdict)
+		return verdict;
+	key.port = 0;
+	return bpf_map_lookup_elem(&verdicts, &key);
+}
+
+/* Replaces a service's address by an endpoint's. Returns a reason to refuse, or REASON_NONE. */
+static __always_inline __u16 resolve_service(__u32 workload, __u8 protocol, struct decision *d,
+					     struct grant *grant)
+{
+	struct service_key key = { .address = d->destination, .port = d->port, .protocol = protocol };
+	struct service_entry *service = bpf_map_lookup_elem(&services, &key);
+	struct endpoint_entry *endpoint;
+
+	if (!service) {
+		key.port = 0;
+		key.protocol = 0;
+		return bpf_map_lookup_elem(&services, &key) ? REASON_NO_SUCH_PORT : REASON_NONE;
+	}
+	grant->service = service->service;
+	if (!service->slots)
+		return REASON_NO_ENDPOINT;
+	endpoint = pick_endpoint(workload, service);
+	if (!endpoint) /* the table was switched under us: once more with the new one */
+		service = bpf_map_lookup_elem(&services, &key);
+	if (!endpoint && service && service->slots)
+		endpoint = pick_endpoint(workload, service);
+	if (!endpoint)
+		return REASON_NO_ENDPOINT;
+	d->destination = endpoint->address;
+	d->port = endpoint->port;
+	return REASON_NONE;
+}
+
+static __always_inline void redirect_to_own(struct decision *d, const struct workload_entry *self,
+					    __u32 workload, __u32 kind, __u16 missing)
+{
+	if (!capture_target(workload, kind, &d->port)) {
+		d->reason = missing;
+		return;
+	}
+	d->destination = address_is_v4(&d->destination) ? self->v4 : self->v6;
+	d->action = kind == CAPTURE_L7 ? ACTION_L7 : ACTION_AGENT;
+	d->local = 1;
+}
+
+/* Decides a connection (or datagram) of `state`'s socket to d->destination:d->port. */
+static __always_inline void decide(const struct socket_state *state, __u8 protocol,
+				   struct decision *d, struct grant *grant)
+{
+	__u32 workload = state->workload;
+	struct workload_entry *self = bpf_map_lookup_elem(&workloads, &workload);
+	struct workload_entry *peer;
+	struct address_entry *target;
+	struct verdict_entry *verdict;
+	__u32 peer_id;
+
+	d->action = ACTION_DENY;
+	d->reason = REASON_NO_IDENTITY;
+	if (!self || self->netns != state->netns)
+		return;
+	grant->source_workload = workload;
+	grant->source = self->source;
+	if (address_is_loopback(&d->destination) || address_equal(&d->destination, &self->v4) ||
+	    address_equal(&d->destination, &self->v6)) {
+		d->action = ACTION_DIRECT;
+		d->reason = REASON_NONE;
+		d->local = 1;
+		return;
+	}
+	if (d->port == 53) {
+		struct service_key key = { .address = d->destination };
+
+		/* Names are answered in the workload itself, whichever server it believes in,
+		 * unless that server is a service or a workload of the mesh. */
+		if (!bpf_map_lookup_elem(&services, &key) &&
+		    !bpf_map_lookup_elem(&addresses, &d->destination)) {
+			redirect_to_own(d, self, workload, CAPTURE_DNS, REASON_NO_CAPTURE_TARGET);
+			return;
+		}
+	}
+	if (protocol == IPPROTO_UDP) {
+		d->reason = REASON_UDP_NOT_CARRIED;
+		return;
+	}
+	d->reason = resolve_service(workload, protocol, d, grant);
+	if (d->reason != REASON_NONE)
+		return;
+	target = bpf_map_lookup_elem(&addresses, &d->destination);
+	if (!target) {
+		d->reason = grant->service ? REASON_NO_SUCH_ADDRESS : REASON_NO_EGRESS;
+		return;
+	}
+	peer_id = target->workload;
+	grant->destination_workload = peer_id;
+	if (!(target->flags & ADDRESS_LOCAL)) {
+		redirect_to_own(d, self, workload, CAPTURE_AGENT, REASON_NO_TUNNEL);
+		return;
+	}
+	if (peer_id == workload) { /* a service that led back to its caller */
+		d->action = ACTION_DIRECT;
+		d->local = 1;
+		return;
+	}
+	peer = bpf_map_lookup_elem(&workloads, &peer_id);
+	verdict = peer ? find_verdict(self->source, peer->policy_set, d->port, state->socket_class,
+				      protocol)
+		       : 0;
+	if (!verdict) {
+		d->reason = REASON_NO_VERDICT;
+		return;
+	}
+	grant->policy = verdict->policy;
+	d->reason = verdict->reason;
+	if (verdict->action == ACTION_DIRECT)
+		d->action = ACTION_DIRECT;
+	else if (verdict->action == ACTION_L7)
+		redirect_to_own(d, self, workload, CAPTURE_L7, REASON_NO_CAPTURE_TARGET);
+	else if (verdict->action == ACTION_AGENT)
+		redirect_to_own(d, self, workload, CAPTURE_AGENT, REASON_NO_CAPTURE_TARGET);
+}

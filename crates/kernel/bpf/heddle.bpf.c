@@ -1,0 +1,16 @@
+/* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
+ *
+ * Heddle's kernel programs, one object, so that all share one set of maps:
+ *   socket.h   class and workload of every socket
+ *   connect.h  the decision, at connect() (decide.h) and for datagrams
+ *   tcp.h      hand-over from client to server, flow records
+ *   ingress.h  enforcement where packets arrive
+ *   spoof.h    source addresses on the veth
+ */
+#include "connect.h"
+#include "ingress.h"
+#include "socket.h"
+#include "spoof.h"
+#include "tcp.h"
+
+char license_text[] SEC("license") = "GPL";

@@ -1,0 +1,66 @@
+/* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
+ *
+ * The maps. Their sizes are defaults: the loader sets them from configuration.
+ * Only `affinity` is an LRU: losing an entry of it costs stickiness, never a decision.
+ */
+#pragma once
+
+#include <linux/bpf.h>
+#include <bpf/bpf_helpers.h>
+
+#include "types.h"
+
+#define HASH(name, key_type, value_type, entries, flags)                                           \
+	struct {                                                                                   \
+		__uint(type, BPF_MAP_TYPE_HASH);                                                   \
+		__uint(max_entries, entries);                                                      \
+		__uint(map_flags, flags);                                                          \
+		__type(key, key_type);                                                             \
+		__type(value, value_type);                                                         \
+	} name SEC(".maps")
+
+HASH(cgroups, __u64, struct cgroup_entry, 4096, BPF_F_NO_PREALLOC);
+HASH(workloads, __u32, struct workload_entry, 1024, BPF_F_NO_PREALLOC);
+HASH(addresses, struct address, struct address_entry, 65536, BPF_F_NO_PREALLOC);
+HASH(services, struct service_key, struct service_entry, 65536, BPF_F_NO_PREALLOC);
+HASH(slots, struct slot_key, struct slot_entry, 262144, BPF_F_NO_PREALLOC);
+HASH(endpoints, __u32, struct endpoint_entry, 262144, BPF_F_NO_PREALLOC);
+HASH(verdicts, struct verdict_key, struct verdict_entry, 262144, BPF_F_NO_PREALLOC);
+HASH(capture, struct capture_key, __u32, 4096, BPF_F_NO_PREALLOC);
+HASH(devices, __u32, struct device_entry, 1024, BPF_F_NO_PREALLOC);
+HASH(handshakes, struct tuple, struct grant, 32768, 0);
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 65536);
+	__type(key, struct affinity_key);
+	__type(value, struct affinity_entry);
+} affinity SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC | BPF_F_CLONE);
+	__type(key, int);
+	__type(value, struct socket_state);
+} sockets SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 4 * 1024 * 1024);
+} flows SEC(".maps");
+
+/* How often each reason came up, per CPU. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, REASON_COUNT);
+	__type(key, __u32);
+	__type(value, __u64);
+} reasons SEC(".maps");
+
+static __always_inline void count(__u32 reason)
+{
+	__u64 *counter = bpf_map_lookup_elem(&reasons, &reason);
+
+	if (counter)
+		*counter += 1;
+}

@@ -1,0 +1,165 @@
+/* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
+ *
+ * The life of a TCP connection: the grant is published before the SYN leaves, taken over by the server's
+ * socket when it is established, and turned into one flow record when the client's socket closes.
+ */
+#pragma once
+
+#include "flow.h"
+#include "socket.h"
+
+static __always_inline void ops_addresses(struct bpf_sock_ops *ops, struct address *local,
+					  struct address *remote)
+{
+	if (CONTEXT_READ(ops, family) == AF_INET) {
+		address_from_v4(local, CONTEXT_READ(ops, local_ip4));
+		address_from_v4(remote, CONTEXT_READ(ops, remote_ip4));
+		return;
+	}
+	local->word[0] = CONTEXT_READ(ops, local_ip6[0]);
+	local->word[1] = CONTEXT_READ(ops, local_ip6[1]);
+	local->word[2] = CONTEXT_READ(ops, local_ip6[2]);
+	local->word[3] = CONTEXT_READ(ops, local_ip6[3]);
+	remote->word[0] = CONTEXT_READ(ops, remote_ip6[0]);
+	remote->word[1] = CONTEXT_READ(ops, remote_ip6[1]);
+	remote->word[2] = CONTEXT_READ(ops, remote_ip6[2]);
+	remote->word[3] = CONTEXT_READ(ops, remote_ip6[3]);
+}
+
+/* The connection as its client sees it. */
+static __always_inline void client_tuple(struct bpf_sock_ops *ops, int is_client, struct tuple *t)
+{
+	__u16 local = CONTEXT_READ(ops, local_port), remote = bpf_ntohl(CONTEXT_READ(ops, remote_port));
+
+	if (is_client) {
+		ops_addresses(ops, &t->source, &t->destination);
+		t->source_port = local;
+		t->destination_port = remote;
+	} else {
+		ops_addresses(ops, &t->destination, &t->source);
+		t->source_port = remote;
+		t->destination_port = local;
+	}
+}
+
+static __always_inline void publish_grant(struct bpf_sock_ops *ops, struct socket_state *state)
+{
+	struct tuple t = {};
+	struct grant grant;
+
+	if (state->flags & SOCKET_LOCAL)
+		return;
+	client_tuple(ops, 1, &t);
+	grant = state->grant;
+	/* Without the entry the server's side refuses the SYN: full means closed. */
+	if (bpf_map_update_elem(&handshakes, &t, &grant, BPF_ANY))
+		count(REASON_HANDSHAKES_FULL);
+	bpf_sock_ops_cb_flags_set(ops, BPF_SOCK_OPS_STATE_CB_FLAG);
+}
+
+static __always_inline void accept_grant(struct bpf_sock_ops *ops, struct socket_state *state)
+{
+	struct grant *grant;
+	struct tuple t = {};
+
+	/* The state is a copy of the listener's: nothing of the connection is in it yet. */
+	state->flags = SOCKET_ESTABLISHED | SOCKET_ADMITTED;
+	client_tuple(ops, 0, &t);
+	if (address_is_loopback(&t.source) || address_is_loopback(&t.destination) ||
+	    address_equal(&t.source, &t.destination)) {
+		state->flags |= SOCKET_LOCAL;
+		return;
+	}
+	grant = bpf_map_lookup_elem(&handshakes, &t);
+	if (grant) {
+		state->grant = *grant;
+		bpf_map_delete_elem(&handshakes, &t);
+		return;
+	}
+	/* Admitted at ingress without a grant: an anonymous peer. This side makes the flow record. */
+	__builtin_memset(&state->grant, 0, sizeof(state->grant));
+	state->grant.start_ns = bpf_ktime_get_ns();
+	state->grant.destination_workload = state->workload;
+	bpf_sock_ops_cb_flags_set(ops, BPF_SOCK_OPS_STATE_CB_FLAG);
+}
+
+static __always_inline void report_close(struct bpf_sock_ops *ops, struct socket_state *state)
+{
+	int is_client = state->flags & SOCKET_CLIENT;
+	struct flow_event *event;
+	struct tuple t = {};
+	__u64 sent, received;
+
+	if (state->flags & SOCKET_LOCAL)
+		return;
+	client_tuple(ops, is_client, &t);
+	event = flow_begin(FLOW_CLOSED, &state->grant);
+	if (!event)
+		return;
+	event->cookie = bpf_get_socket_cookie(ops);
+	event->source = t.source;
+	event->destination = t.destination;
+	event->source_port = t.source_port;
+	event->destination_port = t.destination_port;
+	event->protocol = IPPROTO_TCP;
+	event->socket_class = state->socket_class;
+	event->flags = state->flags;
+	sent = CONTEXT_READ_64(ops, bytes_acked);
+	received = CONTEXT_READ_64(ops, bytes_received);
+	event->bytes_sent = is_client ? sent : received;
+	event->bytes_received = is_client ? received : sent;
+	event->srtt_us = CONTEXT_READ(ops, srtt_us) >> 3; /* the kernel keeps it times eight */
+	event->retransmits = CONTEXT_READ(ops, total_retrans);
+	flow_submit(event);
+}
+
+static __always_inline void on_close(struct bpf_sock_ops *ops, struct socket_state *state)
+{
+	report_close(ops, state);
+	if ((state->flags & SOCKET_CLIENT) && !(state->flags & SOCKET_ESTABLISHED)) {
+		struct tuple t = {};
+
+		client_tuple(ops, 1, &t);
+		bpf_map_delete_elem(&handshakes, &t);
+	}
+	/* The socket may be used again: it has to ask again. */
+	state->flags = 0;
+}
+
+SEC("sockops")
+int heddle_sockops(struct bpf_sock_ops *ops)
+{
+	__u32 op = CONTEXT_READ(ops, op);
+	struct bpf_sock *socket = ops->sk;
+	struct socket_state *state;
+
+	if (op != BPF_SOCK_OPS_TCP_CONNECT_CB && op != BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB &&
+	    op != BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB && op != BPF_SOCK_OPS_TCP_LISTEN_CB &&
+	    op != BPF_SOCK_OPS_STATE_CB)
+		return 1;
+	if (!socket)
+		return 1;
+	state = bpf_sk_storage_get(&sockets, socket, 0, 0);
+	if (!state || state->socket_class == CLASS_AGENT)
+		return 1;
+	switch (op) {
+	case BPF_SOCK_OPS_TCP_CONNECT_CB:
+		publish_grant(ops, state);
+		break;
+	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
+		state->flags |= SOCKET_ESTABLISHED;
+		break;
+	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
+		accept_grant(ops, state);
+		break;
+	case BPF_SOCK_OPS_TCP_LISTEN_CB:
+		/* A socket that connected before and listens now must not admit what it is sent. */
+		state->flags = 0;
+		break;
+	case BPF_SOCK_OPS_STATE_CB:
+		if (CONTEXT_READ(ops, args[1]) == BPF_TCP_CLOSE)
+			on_close(ops, state);
+		break;
+	}
+	return 1;
+}

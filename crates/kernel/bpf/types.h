@@ -1,0 +1,229 @@
+/* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
+ *
+ * The structs that the kernel programs and user space share. Their Rust twins are in src/types.rs;
+ * a test compares sizes and offsets of both through the object's BTF.
+ *
+ * Addresses are always 16 bytes in network order: IPv4 as ::ffff:a.b.c.d. Ports are in host order.
+ */
+#pragma once
+
+#include <linux/types.h>
+
+struct address {
+	__u32 word[4];
+};
+
+/* Who made a socket, decided by the cgroup that it was created in. */
+enum socket_class {
+	CLASS_NONE = 0,
+	CLASS_APP = 1,
+	CLASS_L7 = 2,
+	CLASS_AGENT = 3,
+};
+
+enum action {
+	ACTION_DENY = 0,
+	ACTION_DIRECT = 1,
+	ACTION_L7 = 2,
+	ACTION_AGENT = 3,
+};
+
+/* Where captured connections go: the key of the capture map. */
+enum capture_kind {
+	CAPTURE_DNS = 1,
+	CAPTURE_AGENT = 2,
+	CAPTURE_L7 = 3,
+};
+
+/* Why a connection was allowed or refused. Counted one by one; named in src/reason.rs. */
+enum reason {
+	REASON_NONE = 0,
+	REASON_POLICY_ALLOW = 1,
+	REASON_NO_POLICY = 2,
+	REASON_POLICY_DENY = 3,
+	REASON_NO_ALLOW_MATCHED = 4,
+	REASON_PEER_NOT_ATTESTED = 5,
+	REASON_NO_VERDICT = 6,
+	REASON_NO_ENDPOINT = 7,
+	REASON_NO_SUCH_PORT = 8,
+	REASON_NO_SUCH_ADDRESS = 9,
+	REASON_NO_EGRESS = 10,
+	REASON_NO_TUNNEL = 11,
+	REASON_NO_IDENTITY = 12,
+	REASON_NO_CAPTURE_TARGET = 13,
+	REASON_UDP_NOT_CARRIED = 14,
+	REASON_PROTOCOL_NOT_CARRIED = 15,
+	REASON_STATE_FULL = 16,
+	REASON_HANDSHAKES_FULL = 17,
+	REASON_SPOOFED = 18,
+	REASON_DEVICE_UNKNOWN = 19,
+	REASON_EVENT_LOST = 20,
+	REASON_NEEDS_AGENT = 21,
+	REASON_COUNT = 22,
+};
+
+enum flow_kind {
+	FLOW_CLOSED = 1,          /* a connection ended; bytes and round-trip time are final */
+	FLOW_REFUSED_CONNECT = 2, /* refused in the client's connect() */
+	FLOW_REFUSED_INGRESS = 3, /* refused where it arrived */
+};
+
+/* cgroups: cgroup id -> who lives there. */
+struct cgroup_entry {
+	__u32 workload;
+	__u32 socket_class;
+};
+
+/* workloads: local workloads only. One write switches a workload to new rules. */
+#define WORKLOAD_DRAINING 1
+struct workload_entry {
+	__u64 netns;
+	__u32 source;     /* identity id: the source half of a verdict's key */
+	__u32 policy_set; /* the destination half */
+	struct address v4;
+	struct address v6;
+	__u32 flags;
+	__u32 padding;
+};
+
+/* addresses: every workload address of the mesh. */
+#define ADDRESS_LOCAL 1
+struct address_entry {
+	__u32 workload;
+	__u32 flags;
+};
+
+struct service_key {
+	struct address address;
+	__u16 port; /* 0: the address is a service's, whatever the port */
+	__u8 protocol;
+	__u8 padding;
+};
+
+struct service_entry {
+	__u32 service;
+	__u32 generation;
+	__u32 slots;
+	__u32 affinity_seconds;
+};
+
+/* One column of an alias table (Vose): the endpoint if a random u32 is below threshold, else the alias. */
+struct slot_key {
+	__u32 service;
+	__u32 generation;
+	__u32 slot;
+};
+
+struct slot_entry {
+	__u32 endpoint;
+	__u32 alias;
+	__u32 threshold;
+};
+
+struct endpoint_entry {
+	struct address address;
+	__u32 service;
+	__u16 port;
+	__u16 padding;
+};
+
+struct verdict_key {
+	__u32 source;
+	__u32 policy_set;
+	__u16 port; /* 0: every port without an entry of its own */
+	__u8 socket_class;
+	__u8 protocol;
+};
+
+struct verdict_entry {
+	__u32 policy;
+	__u16 reason;
+	__u8 action;
+	__u8 padding;
+};
+
+struct affinity_key {
+	__u32 workload;
+	__u32 service;
+};
+
+struct affinity_entry {
+	__u64 last_ns;
+	__u32 endpoint;
+	__u32 padding;
+};
+
+struct capture_key {
+	__u32 workload;
+	__u32 kind;
+};
+
+/* devices: node side of a workload's veth -> the only source addresses it may send from. */
+struct device_entry {
+	struct address v4;
+	struct address v6;
+	__u8 mac[6];
+	__u16 padding;
+};
+
+/* What the client's connect hook decided: travels from there to the server's socket. */
+struct grant {
+	__u64 start_ns;
+	struct address original; /* where the program asked to go */
+	__u32 source_workload;
+	__u32 source;
+	__u32 destination_workload;
+	__u32 policy;
+	__u32 service;
+	__u16 original_port;
+	__u16 reason;
+};
+
+/* handshakes: connections between SYN and accept, so that the server's side knows its peer. */
+struct tuple {
+	struct address source;
+	struct address destination;
+	__u16 source_port;
+	__u16 destination_port;
+};
+
+/* State of one socket, kept in the socket itself. */
+#define SOCKET_ADMITTED 1  /* its packets need no further check */
+#define SOCKET_LOCAL 2     /* within one workload: no flow record */
+#define SOCKET_CLIENT 4    /* it connected */
+#define SOCKET_ESTABLISHED 8
+#define SOCKET_REDIRECTED 16 /* the peer's address shown to the program is grant.original */
+struct socket_state {
+	__u64 netns;
+	__u32 workload;
+	__u32 socket_class;
+	__u32 flags;
+	__u32 padding;
+	struct grant grant;
+};
+
+struct flow_event {
+	__u64 time_ns;
+	__u64 duration_ns;
+	__u64 cookie;
+	__u64 bytes_sent;     /* by the client */
+	__u64 bytes_received; /* by the client */
+	struct address source;
+	struct address destination;
+	struct address original;
+	__u32 source_workload;
+	__u32 source_identity;
+	__u32 destination_workload;
+	__u32 policy;
+	__u32 service;
+	__u32 srtt_us;
+	__u32 retransmits;
+	__u16 source_port;
+	__u16 destination_port;
+	__u16 original_port;
+	__u16 reason;
+	__u8 kind;
+	__u8 protocol;
+	__u8 socket_class;
+	__u8 flags;
+};

@@ -1,0 +1,145 @@
+//! Where each program is attached, and how a link is taken over: a pinned link gets the new program in one
+//! step (BPF_LINK_UPDATE), so that there is never none and never two.
+
+use std::{
+    fs, io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use aya_obj::generated::bpf_attach_type as attach_type;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    KernelError,
+    sys::{self, LinkTarget},
+};
+
+/// The programs attached to the node's cgroup. What closes comes before what opens.
+pub(crate) const CGROUP_PROGRAMS: &[(&str, attach_type)] = &[
+    ("heddle_ingress", attach_type::BPF_CGROUP_INET_INGRESS),
+    (
+        "heddle_sock_create",
+        attach_type::BPF_CGROUP_INET_SOCK_CREATE,
+    ),
+    ("heddle_connect4", attach_type::BPF_CGROUP_INET4_CONNECT),
+    ("heddle_connect6", attach_type::BPF_CGROUP_INET6_CONNECT),
+    ("heddle_sendmsg4", attach_type::BPF_CGROUP_UDP4_SENDMSG),
+    ("heddle_sendmsg6", attach_type::BPF_CGROUP_UDP6_SENDMSG),
+    ("heddle_recvmsg4", attach_type::BPF_CGROUP_UDP4_RECVMSG),
+    ("heddle_recvmsg6", attach_type::BPF_CGROUP_UDP6_RECVMSG),
+    (
+        "heddle_getpeername4",
+        attach_type::BPF_CGROUP_INET4_GETPEERNAME,
+    ),
+    (
+        "heddle_getpeername6",
+        attach_type::BPF_CGROUP_INET6_GETPEERNAME,
+    ),
+    ("heddle_sockops", attach_type::BPF_CGROUP_SOCK_OPS),
+];
+
+/// The program on every workload's veth.
+pub(crate) const DEVICE_PROGRAM: &str = "heddle_spoof";
+
+/// An attached program, for `heddle status`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AttachedProgram {
+    /// Program name.
+    pub program: String,
+    /// `cgroup` or `device INDEX`.
+    pub target: String,
+    /// Its pin.
+    pub pin: PathBuf,
+}
+
+/// Attaches a program to the node's cgroup, or replaces the one that is there.
+pub(crate) fn to_cgroup(
+    links: &Path,
+    name: &str,
+    kind: attach_type,
+    program: BorrowedFd<'_>,
+    cgroup: BorrowedFd<'_>,
+) -> Result<AttachedProgram, KernelError> {
+    let pin = links.join(name);
+    replace_or_create(&pin, name, program, || {
+        sys::link_create(program, LinkTarget::Cgroup(cgroup), kind)
+    })?;
+    Ok(AttachedProgram {
+        program: name.into(),
+        target: "cgroup".into(),
+        pin,
+    })
+}
+
+/// Attaches the spoofing guard to a device of the caller's network namespace, or replaces it.
+pub(crate) fn to_device(
+    links: &Path,
+    index: u32,
+    program: BorrowedFd<'_>,
+) -> Result<AttachedProgram, KernelError> {
+    let pin = device_pin(links, index);
+    replace_or_create(&pin, DEVICE_PROGRAM, program, || {
+        sys::link_create(
+            program,
+            LinkTarget::Device(index),
+            attach_type::BPF_TCX_INGRESS,
+        )
+    })?;
+    Ok(AttachedProgram {
+        program: DEVICE_PROGRAM.into(),
+        target: format!("device {index}"),
+        pin,
+    })
+}
+
+/// Forgets a device's link; the kernel detaches it.
+pub(crate) fn from_device(links: &Path, index: u32) -> io::Result<()> {
+    match fs::remove_file(device_pin(links, index)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+/// Device indexes that have a pinned link.
+pub(crate) fn devices(links: &Path) -> io::Result<Vec<u32>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(links)? {
+        let name = entry?.file_name();
+        let index = name.to_str().and_then(|name| name.strip_prefix("device-"));
+        found.extend(index.and_then(|index| index.parse::<u32>().ok()));
+    }
+    Ok(found)
+}
+
+fn device_pin(links: &Path, index: u32) -> PathBuf {
+    links.join(format!("device-{index}"))
+}
+
+fn replace_or_create(
+    pin: &Path,
+    name: &str,
+    program: BorrowedFd<'_>,
+    create: impl FnOnce() -> io::Result<OwnedFd>,
+) -> Result<(), KernelError> {
+    let failed = |action| {
+        move |source| KernelError::Attach {
+            action,
+            program: name.to_owned(),
+            source,
+        }
+    };
+    if pin.exists() {
+        let link = sys::open_pin(pin).map_err(failed("open the pinned link of"))?;
+        match sys::link_update(link.as_fd(), program) {
+            Ok(()) => return Ok(()),
+            // The cgroup or device that it was attached to is gone: the link is an empty shell.
+            Err(error) if error.raw_os_error() == Some(nix::libc::ENOLINK) => {
+                fs::remove_file(pin).map_err(failed("remove the dead link of"))?;
+            }
+            Err(error) => return Err(failed("replace")(error)),
+        }
+    }
+    let link = create().map_err(failed("attach"))?;
+    sys::pin(link.as_fd(), pin).map_err(failed("pin"))
+}

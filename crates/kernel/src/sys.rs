@@ -1,0 +1,91 @@
+//! The four bpf(2) commands for links that the loader library lacks or hides behind one link type each:
+//! create, update in place, pin, open a pin. All links of Heddle go through here, so all behave the same.
+#![allow(unsafe_code)] // bpf(2) has no safe wrapper for these commands.
+
+use std::{
+    ffi::CString,
+    io,
+    os::{
+        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+        unix::ffi::OsStrExt,
+    },
+    path::Path,
+};
+
+use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd};
+use nix::libc;
+
+/// Attaches `program` to a cgroup (a descriptor) or a device (its index in the caller's network namespace).
+pub(crate) fn link_create(
+    program: BorrowedFd<'_>,
+    target: LinkTarget<'_>,
+    attach_type: bpf_attach_type,
+) -> io::Result<OwnedFd> {
+    let mut attr = empty();
+    attr.link_create.__bindgen_anon_1.prog_fd = program.as_raw_fd() as u32;
+    attr.link_create.attach_type = attach_type as u32;
+    match target {
+        LinkTarget::Cgroup(fd) => {
+            attr.link_create.__bindgen_anon_2.target_fd = fd.as_raw_fd() as u32
+        }
+        LinkTarget::Device(index) => attr.link_create.__bindgen_anon_2.target_ifindex = index,
+    }
+    let fd = call(bpf_cmd::BPF_LINK_CREATE, &mut attr)?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// What a link binds a program to.
+pub(crate) enum LinkTarget<'a> {
+    Cgroup(BorrowedFd<'a>),
+    Device(u32),
+}
+
+/// Replaces a link's program in one step: every packet and call sees the old one or the new one.
+pub(crate) fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attr = empty();
+    attr.link_update.link_fd = link.as_raw_fd() as u32;
+    attr.link_update.__bindgen_anon_1.new_prog_fd = program.as_raw_fd() as u32;
+    call(bpf_cmd::BPF_LINK_UPDATE, &mut attr).map(drop)
+}
+
+/// Gives a link a name on a bpffs, so that it outlives this process.
+pub(crate) fn pin(link: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut attr = empty();
+    attr.__bindgen_anon_4.bpf_fd = link.as_raw_fd() as u32;
+    attr.__bindgen_anon_4.pathname = path.as_ptr() as u64;
+    call(bpf_cmd::BPF_OBJ_PIN, &mut attr).map(drop)
+}
+
+/// Opens a pinned link.
+pub(crate) fn open_pin(path: &Path) -> io::Result<OwnedFd> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut attr = empty();
+    attr.__bindgen_anon_4.pathname = path.as_ptr() as u64;
+    let fd = call(bpf_cmd::BPF_OBJ_GET, &mut attr)?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn empty() -> bpf_attr {
+    // SAFETY: a union of plain integers; all zero is what bpf(2) asks of unused fields.
+    unsafe { std::mem::zeroed() }
+}
+
+fn call(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<RawFd> {
+    // SAFETY: attr is a whole, initialised bpf_attr of the size given; every pointer in it comes from a
+    // CString that lives until the caller returns.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command as libc::c_long,
+            std::ptr::from_mut(attr),
+            size_of::<bpf_attr>(),
+        )
+    };
+    match result {
+        -1 => Err(io::Error::last_os_error()),
+        fd => Ok(fd as RawFd),
+    }
+}

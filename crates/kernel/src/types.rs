@@ -1,0 +1,529 @@
+//! The Rust twins of `bpf/types.h`: same names, same layout (a test compares them).
+//!
+//! Addresses are 16 bytes in network order, IPv4 as `::ffff:a.b.c.d`; ports are in host order.
+#![allow(unsafe_code)] // `aya::Pod` is an unsafe trait; see the one macro below.
+
+use std::{
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
+
+/// An IPv4 or IPv6 address as the maps have it.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct Address([u32; 4]);
+
+impl From<IpAddr> for Address {
+    fn from(address: IpAddr) -> Self {
+        let v6 = match address {
+            IpAddr::V4(v4) => v4.to_ipv6_mapped(),
+            IpAddr::V6(v6) => v6,
+        };
+        let octets = v6.octets();
+        Self(std::array::from_fn(|i| {
+            u32::from_ne_bytes([
+                octets[4 * i],
+                octets[4 * i + 1],
+                octets[4 * i + 2],
+                octets[4 * i + 3],
+            ])
+        }))
+    }
+}
+
+impl From<Ipv4Addr> for Address {
+    fn from(address: Ipv4Addr) -> Self {
+        IpAddr::V4(address).into()
+    }
+}
+
+impl From<Ipv6Addr> for Address {
+    fn from(address: Ipv6Addr) -> Self {
+        IpAddr::V6(address).into()
+    }
+}
+
+impl From<Address> for IpAddr {
+    fn from(address: Address) -> Self {
+        let mut octets = [0; 16];
+        for (chunk, word) in octets.chunks_exact_mut(4).zip(address.0) {
+            chunk.copy_from_slice(&word.to_ne_bytes());
+        }
+        Self::V6(Ipv6Addr::from(octets)).to_canonical()
+    }
+}
+
+impl fmt::Debug for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        IpAddr::from(*self).fmt(f)
+    }
+}
+
+/// Who made a socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u32)]
+pub enum SocketClass {
+    /// A workload's own program.
+    App = 1,
+    /// An L7 proxy.
+    L7 = 2,
+    /// The node agent.
+    Agent = 3,
+}
+
+/// What a verdict tells the kernel to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Action {
+    /// Refuse.
+    Deny = 0,
+    /// Let the kernel carry it.
+    Direct = 1,
+    /// Through the L7 proxy.
+    L7 = 2,
+    /// Through the node agent.
+    Agent = 3,
+}
+
+/// Which of a workload's in-pod listeners a capture target names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u32)]
+pub enum CaptureKind {
+    /// The DNS server.
+    Dns = 1,
+    /// The agent's outbound listener.
+    Agent = 2,
+    /// The L7 proxy's outbound listener.
+    L7 = 3,
+}
+
+/// What a [`FlowEvent`] tells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum FlowKind {
+    /// The connection ended; bytes and round-trip time are final.
+    Closed,
+    /// Refused in the client's `connect()`.
+    RefusedConnect,
+    /// Refused where it arrived.
+    RefusedIngress,
+}
+
+/// Defines C-compatible plain structs that may be map keys or values.
+macro_rules! plain {
+    ($($(#[$doc:meta])* pub struct $name:ident { $($(#[$field_doc:meta])* pub $field:ident: $type:ty,)* })*) => {
+        $(
+            $(#[$doc])*
+            #[repr(C)]
+            #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+            pub struct $name { $($(#[$field_doc])* pub $field: $type,)* }
+
+            // SAFETY: repr(C), made of integers and arrays of integers only, and padded
+            // explicitly (the layout test compares every offset), so that every byte is initialised.
+            unsafe impl aya::Pod for $name {}
+        )*
+    };
+}
+
+// SAFETY: an array of integers behind a repr(C) struct: no padding, every bit pattern valid.
+unsafe impl aya::Pod for Address {}
+
+plain! {
+    /// Who lives in a cgroup.
+    pub struct CgroupEntry {
+        /// Workload id; 0 for the agent.
+        pub workload: u32,
+        /// [`SocketClass`].
+        pub socket_class: u32,
+    }
+
+    /// A workload of this node. One write switches it to new rules.
+    pub struct WorkloadEntry {
+        /// Network namespace cookie.
+        pub netns: u64,
+        /// Identity id: the source half of a verdict's key.
+        pub source: u32,
+        /// Policy set id: the destination half.
+        pub policy_set: u32,
+        /// IPv4 address, zero if none.
+        pub v4: Address,
+        /// IPv6 address, zero if none.
+        pub v6: Address,
+        /// Unused, zero.
+        pub flags: u32,
+        /// Zero.
+        pub padding: u32,
+    }
+
+    /// Whose address it is.
+    pub struct AddressEntry {
+        /// Workload id.
+        pub workload: u32,
+        /// [`AddressEntry::LOCAL`] for workloads of this node.
+        pub flags: u32,
+    }
+
+    /// A service's address and port.
+    pub struct ServiceKey {
+        /// Virtual address.
+        pub address: Address,
+        /// Port; 0 (with protocol 0) says that the address is a service's.
+        pub port: u16,
+        /// IP protocol number.
+        pub protocol: u8,
+        /// Zero.
+        pub padding: u8,
+    }
+
+    /// Which table of slots is live for a service's port.
+    pub struct ServiceEntry {
+        /// Service id: one per (service, address family, port).
+        pub service: u32,
+        /// Part of [`SlotKey`]; changes with every new table.
+        pub generation: u32,
+        /// Length of the table; 0 refuses.
+        pub slots: u32,
+        /// Session affinity in seconds; 0 for none.
+        pub affinity_seconds: u32,
+    }
+
+    /// A place in a service's table.
+    pub struct SlotKey {
+        /// Service id.
+        pub service: u32,
+        /// Generation.
+        pub generation: u32,
+        /// 0 to slots - 1.
+        pub slot: u32,
+    }
+
+    /// One column of an alias table.
+    pub struct SlotEntry {
+        /// Endpoint id taken if a random u32 is at most `threshold`.
+        pub endpoint: u32,
+        /// Endpoint id taken otherwise.
+        pub alias: u32,
+        /// See `endpoint`.
+        pub threshold: u32,
+    }
+
+    /// Where an endpoint listens. Ids are never used twice.
+    pub struct EndpointEntry {
+        /// Address.
+        pub address: Address,
+        /// Service id.
+        pub service: u32,
+        /// Port.
+        pub port: u16,
+        /// Zero.
+        pub padding: u16,
+    }
+
+    /// Who asks for what.
+    pub struct VerdictKey {
+        /// Identity id of the client.
+        pub source: u32,
+        /// Policy set id of the server.
+        pub policy_set: u32,
+        /// Port of the server; 0 for every port without an entry of its own.
+        pub port: u16,
+        /// [`SocketClass`] of the client's socket.
+        pub socket_class: u8,
+        /// IP protocol number.
+        pub protocol: u8,
+    }
+
+    /// The answer.
+    pub struct VerdictEntry {
+        /// Policy id, 0 for none.
+        pub policy: u32,
+        /// [`crate::Reason`].
+        pub reason: u16,
+        /// [`Action`].
+        pub action: u8,
+        /// Zero.
+        pub padding: u8,
+    }
+
+    /// Whose in-pod listener, and which.
+    pub struct CaptureKey {
+        /// Workload id.
+        pub workload: u32,
+        /// [`CaptureKind`].
+        pub kind: u32,
+    }
+
+    /// The only source addresses that a veth may send from.
+    pub struct DeviceEntry {
+        /// IPv4 address.
+        pub v4: Address,
+        /// IPv6 address.
+        pub v6: Address,
+        /// Hardware address.
+        pub mac: [u8; 6],
+        /// Zero.
+        pub padding: u16,
+    }
+
+    /// One flow record, as the kernel wrote it.
+    pub struct FlowEvent {
+        /// CLOCK_MONOTONIC, nanoseconds.
+        pub time_ns: u64,
+        /// Since the decision in `connect()`, nanoseconds.
+        pub duration_ns: u64,
+        /// Socket cookie of the reporting side.
+        pub cookie: u64,
+        /// Bytes sent by the client and acknowledged.
+        pub bytes_sent: u64,
+        /// Bytes received by the client.
+        pub bytes_received: u64,
+        /// Client address; zero if refused before it had one.
+        pub source: Address,
+        /// Server address after service resolution.
+        pub destination: Address,
+        /// Address that the client asked for.
+        pub original: Address,
+        /// Workload id of the client, 0 if unknown.
+        pub source_workload: u32,
+        /// Identity id of the client.
+        pub source_identity: u32,
+        /// Workload id of the server, 0 if unknown.
+        pub destination_workload: u32,
+        /// Policy id that decided, 0 for none.
+        pub policy: u32,
+        /// Service id, 0 if an address was dialled.
+        pub service: u32,
+        /// Smoothed round-trip time in microseconds.
+        pub srtt_us: u32,
+        /// Retransmitted segments.
+        pub retransmits: u32,
+        /// Client port.
+        pub source_port: u16,
+        /// Server port.
+        pub destination_port: u16,
+        /// Port that the client asked for.
+        pub original_port: u16,
+        /// [`crate::Reason`].
+        pub reason: u16,
+        /// See [`FlowEvent::kind`].
+        pub kind: u8,
+        /// IP protocol number.
+        pub protocol: u8,
+        /// [`SocketClass`] of the reporting socket.
+        pub socket_class: u8,
+        /// Socket flags of `bpf/types.h`.
+        pub flags: u8,
+    }
+}
+
+impl AddressEntry {
+    /// The workload runs on this node.
+    pub const LOCAL: u32 = 1;
+}
+
+impl FlowEvent {
+    const ESTABLISHED: u8 = 8;
+
+    /// Reads one ring buffer record; `None` if it is not of this shape.
+    pub(crate) fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        if bytes.len() != size_of::<Self>() {
+            return None;
+        }
+        // SAFETY: the length was checked, the struct is plain data, and read_unaligned asks for no
+        // alignment.
+        Some(unsafe { bytes.as_ptr().cast::<Self>().read_unaligned() })
+    }
+
+    /// What happened, or `None` for a kind this version does not know.
+    #[must_use]
+    pub fn kind(&self) -> Option<FlowKind> {
+        match self.kind {
+            1 => Some(FlowKind::Closed),
+            2 => Some(FlowKind::RefusedConnect),
+            3 => Some(FlowKind::RefusedIngress),
+            _ => None,
+        }
+    }
+
+    /// Whether the handshake had completed.
+    #[must_use]
+    pub fn established(&self) -> bool {
+        self.flags & Self::ESTABLISHED != 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fmt::Write as _, mem::offset_of, process::Command};
+
+    use super::*;
+
+    #[test]
+    fn addresses_survive_the_round_trip() {
+        for text in ["10.244.0.7", "fd10:244::7", "0.0.0.0", "::1"] {
+            let address: IpAddr = text.parse().unwrap();
+            assert_eq!(IpAddr::from(Address::from(address)), address);
+        }
+    }
+
+    /// Both declarations must agree: clang checks every size and offset that rustc computed.
+    #[test]
+    fn layout_is_that_of_the_c_header() {
+        let mut source = String::from("#include \"types.h\"\n");
+        macro_rules! check {
+            ($c:literal, $rust:ident { $($field:ident),* }) => {
+                writeln!(source, "_Static_assert(sizeof(struct {}) == {}, \"size of {0}\");", $c, size_of::<$rust>()).unwrap();
+                $(writeln!(source, "_Static_assert(__builtin_offsetof(struct {}, {}) == {}, \"offset of {0}.{1}\");",
+                    $c, stringify!($field), offset_of!($rust, $field)).unwrap();)*
+            };
+        }
+        check!(
+            "cgroup_entry",
+            CgroupEntry {
+                workload,
+                socket_class
+            }
+        );
+        check!(
+            "workload_entry",
+            WorkloadEntry {
+                netns,
+                source,
+                policy_set,
+                v4,
+                v6,
+                flags,
+                padding
+            }
+        );
+        check!("address_entry", AddressEntry { workload, flags });
+        check!(
+            "service_key",
+            ServiceKey {
+                address,
+                port,
+                protocol,
+                padding
+            }
+        );
+        check!(
+            "service_entry",
+            ServiceEntry {
+                service,
+                generation,
+                slots,
+                affinity_seconds
+            }
+        );
+        check!(
+            "slot_key",
+            SlotKey {
+                service,
+                generation,
+                slot
+            }
+        );
+        check!(
+            "slot_entry",
+            SlotEntry {
+                endpoint,
+                alias,
+                threshold
+            }
+        );
+        check!(
+            "endpoint_entry",
+            EndpointEntry {
+                address,
+                service,
+                port,
+                padding
+            }
+        );
+        check!(
+            "verdict_key",
+            VerdictKey {
+                source,
+                policy_set,
+                port,
+                socket_class,
+                protocol
+            }
+        );
+        check!(
+            "verdict_entry",
+            VerdictEntry {
+                policy,
+                reason,
+                action,
+                padding
+            }
+        );
+        check!("capture_key", CaptureKey { workload, kind });
+        check!(
+            "device_entry",
+            DeviceEntry {
+                v4,
+                v6,
+                mac,
+                padding
+            }
+        );
+        check!(
+            "flow_event",
+            FlowEvent {
+                time_ns,
+                duration_ns,
+                cookie,
+                bytes_sent,
+                bytes_received,
+                source,
+                destination,
+                original,
+                source_workload,
+                source_identity,
+                destination_workload,
+                policy,
+                service,
+                srtt_us,
+                retransmits,
+                source_port,
+                destination_port,
+                original_port,
+                reason,
+                kind,
+                protocol,
+                socket_class,
+                flags
+            }
+        );
+        for (name, value) in crate::Reason::C_NAMES {
+            writeln!(source, "_Static_assert({name} == {value}, \"{name}\");").unwrap();
+        }
+        let names = crate::Reason::C_NAMES.len();
+        writeln!(
+            source,
+            "_Static_assert(REASON_COUNT == {names}, \"a reason is missing in Rust\");"
+        )
+        .unwrap();
+
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("layout.c");
+        std::fs::write(&file, source).unwrap();
+        let output = Command::new("clang")
+            .args([
+                "-target",
+                "bpf",
+                "-fsyntax-only",
+                "-I/usr/include/x86_64-linux-gnu",
+            ])
+            .args(["-I/usr/include/aarch64-linux-gnu", "-Ibpf"])
+            .arg(&file)
+            .output()
+            .unwrap();
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+}

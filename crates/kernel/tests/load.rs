@@ -1,0 +1,257 @@
+//! Every program through the real verifier, attached to a cgroup of the test's own: refusal by default,
+//! take-over of pinned links and maps, and the bound of a table.
+
+use std::{
+    fs, io,
+    net::{TcpListener, TcpStream, UdpSocket},
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use kernel::{
+    AddressEntry, CgroupEntry, Kernel, KernelConfig, KernelError, MapSizes, Reason, SocketClass,
+};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+/// A bpffs and a cgroup, gone at the end.
+struct Ground {
+    dir: tempfile::TempDir,
+    cgroup: PathBuf,
+}
+
+impl Ground {
+    fn new(name: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        mount(
+            Some("bpffs"),
+            dir.path(),
+            Some("bpf"),
+            MsFlags::empty(),
+            None::<&str>,
+        )
+        .expect("mounting a bpffs needs root");
+        let cgroup = cgroup2_root().join(format!("heddle.test-{name}-{}", std::process::id()));
+        fs::create_dir(&cgroup).unwrap();
+        Self { dir, cgroup }
+    }
+
+    fn config(&self) -> KernelConfig {
+        KernelConfig {
+            pin_dir: self.dir.path().join("node"),
+            cgroup: self.cgroup.clone(),
+            sizes: MapSizes {
+                workloads: 8,
+                ..MapSizes::default()
+            },
+        }
+    }
+
+    fn cgroup_id(&self) -> u64 {
+        use std::os::unix::fs::MetadataExt;
+        fs::metadata(&self.cgroup).unwrap().ino()
+    }
+
+    /// Runs this test binary again inside the cgroup, as the named helper test.
+    fn run_inside(&self, helper: &str) -> String {
+        let output = Command::new("/bin/sh")
+            .arg("-c")
+            .arg("echo $$ > \"$CGROUP/cgroup.procs\" && exec \"$@\"")
+            .arg("sh")
+            .arg(std::env::current_exe().unwrap())
+            .args([helper, "--exact", "--nocapture", "--ignored"])
+            .env("CGROUP", &self.cgroup)
+            .output()
+            .unwrap();
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+}
+
+impl Drop for Ground {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(self.dir.path().join("node"));
+        let _ = umount2(self.dir.path(), MntFlags::MNT_DETACH);
+        let _ = fs::remove_dir(&self.cgroup);
+    }
+}
+
+fn cgroup2_root() -> PathBuf {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    let line = mounts
+        .lines()
+        .find(|line| line.split(' ').nth(2) == Some("cgroup2"));
+    Path::new(line.expect("cgroup2 is mounted").split(' ').nth(1).unwrap()).to_owned()
+}
+
+/// Not a test by itself: what a program inside the cgroup sees. Started by the tests below.
+#[test]
+#[ignore = "run by the other tests inside their cgroup"]
+fn inside() {
+    let say = |what: &str, result: io::Result<()>| match result {
+        Ok(()) => println!("{what}=ok"),
+        Err(error) => println!("{what}={}", error.raw_os_error().unwrap_or(-1)),
+    };
+    say("listen", TcpListener::bind("127.0.0.1:0").map(drop));
+    say("udp", UdpSocket::bind("127.0.0.1:0").map(drop));
+    say("connect", TcpStream::connect("192.0.2.1:80").map(drop));
+}
+
+fn count(kernel: &Kernel, reason: Reason) -> u64 {
+    let counts = kernel.reason_counts().unwrap();
+    counts.iter().find(|(other, _)| *other == reason).unwrap().1
+}
+
+#[test]
+fn a_process_without_identity_gets_no_socket() {
+    let ground = Ground::new("identity");
+    let (mut kernel, _flows) = Kernel::open(ground.config()).unwrap();
+    kernel.attach().unwrap();
+
+    let seen = ground.run_inside("inside");
+    assert!(
+        seen.contains("listen=13") && seen.contains("udp=13"),
+        "{seen}"
+    );
+    assert!(count(&kernel, Reason::NoIdentity) >= 3);
+}
+
+#[test]
+fn the_agent_passes_and_an_app_in_a_foreign_namespace_does_not() {
+    let ground = Ground::new("class");
+    let (mut kernel, _flows) = Kernel::open(ground.config()).unwrap();
+    kernel.attach().unwrap();
+    let entry = |class| CgroupEntry {
+        workload: 1,
+        socket_class: class as u32,
+    };
+    kernel
+        .tables
+        .cgroups
+        .set(ground.cgroup_id(), entry(SocketClass::Agent))
+        .unwrap();
+    let seen = ground.run_inside("inside");
+    assert!(
+        seen.contains("listen=ok") && seen.contains("udp=ok"),
+        "{seen}"
+    );
+
+    // The workload's namespace is unknown to the maps, so the same process is nobody.
+    kernel
+        .tables
+        .cgroups
+        .set(ground.cgroup_id(), entry(SocketClass::App))
+        .unwrap();
+    let seen = ground.run_inside("inside");
+    assert!(seen.contains("listen=13"), "{seen}");
+}
+
+#[test]
+fn a_successor_takes_links_and_maps_over() {
+    let ground = Ground::new("successor");
+    let links = || {
+        let mut names: Vec<_> = fs::read_dir(ground.dir.path().join("node/links"))
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
+        names.sort();
+        names
+    };
+    let (mut first, _flows) = Kernel::open(ground.config()).unwrap();
+    assert!(!first.has_predecessor());
+    first.attach().unwrap();
+    first
+        .tables
+        .addresses
+        .set(
+            std::net::Ipv4Addr::LOCALHOST.into(),
+            AddressEntry {
+                workload: 7,
+                flags: 0,
+            },
+        )
+        .unwrap();
+    let before = links();
+    drop((first, _flows));
+
+    // Nobody holds a descriptor now: the pins alone keep policy in force.
+    let seen = ground.run_inside("inside");
+    assert!(seen.contains("listen=13"), "{seen}");
+
+    let (mut second, _flows) = Kernel::open(ground.config()).unwrap();
+    assert!(second.has_predecessor());
+    assert_eq!(
+        second.tables.addresses.len(),
+        1,
+        "the map's content was taken over"
+    );
+    let counted = count(&second, Reason::NoIdentity);
+    assert!(counted > 0, "and its counters");
+    second.attach().unwrap();
+    assert_eq!(links(), before, "each link replaced, none added");
+    ground.run_inside("inside");
+    let sockets = count(&second, Reason::NoIdentity) - counted;
+    assert_eq!(sockets, 3, "each socket was seen by one program, not two");
+}
+
+#[test]
+fn maps_of_another_size_replace_the_old_ones() {
+    let ground = Ground::new("resize");
+    let (mut first, _flows) = Kernel::open(ground.config()).unwrap();
+    first.attach().unwrap();
+    drop((first, _flows));
+    let mut config = ground.config();
+    config.sizes.workloads = 16;
+    let (mut second, _flows) = Kernel::open(config).unwrap();
+    second.attach().unwrap();
+    let maps = fs::read_dir(ground.dir.path().join("node"))
+        .unwrap()
+        .filter(|entry| {
+            entry
+                .as_ref()
+                .unwrap()
+                .file_name()
+                .to_string_lossy()
+                .starts_with("maps-")
+        });
+    assert_eq!(maps.count(), 1, "the old layout's pins are gone");
+}
+
+#[test]
+fn a_full_table_says_so_and_keeps_what_it_has() {
+    let ground = Ground::new("full");
+    let (mut kernel, _flows) = Kernel::open(ground.config()).unwrap();
+    let devices = &mut kernel.tables.devices;
+    for index in 0..devices.capacity() {
+        devices.set(index, kernel::DeviceEntry::default()).unwrap();
+    }
+    let error = devices
+        .set(9999, kernel::DeviceEntry::default())
+        .unwrap_err();
+    assert!(
+        matches!(
+            error,
+            KernelError::Full {
+                table: "devices",
+                capacity: 8
+            }
+        ),
+        "{error}"
+    );
+    assert_eq!(devices.len(), 8);
+    assert!(devices.remove(&0).unwrap());
+    devices.set(9999, kernel::DeviceEntry::default()).unwrap();
+}
+
+#[test]
+fn a_pin_folder_outside_a_bpffs_is_a_clear_error() {
+    let ground = Ground::new("nobpffs");
+    let elsewhere = tempfile::tempdir().unwrap();
+    let mut config = ground.config();
+    config.pin_dir = elsewhere.path().to_owned();
+    let error = Kernel::open(config).map(drop).unwrap_err().to_string();
+    assert!(error.contains("pin"), "{error}");
+}
+
+#[test]
+fn this_kernel_has_what_is_needed() {
+    assert_eq!(kernel::missing_features(), Vec::<String>::new());
+}
