@@ -26,7 +26,7 @@ pub(crate) fn link_create(
     attr.link_create.attach_type = attach_type as u32;
     match target {
         LinkTarget::Cgroup(fd) => {
-            attr.link_create.__bindgen_anon_2.target_fd = fd.as_raw_fd() as u32
+            attr.link_create.__bindgen_anon_2.target_fd = fd.as_raw_fd() as u32;
         }
         LinkTarget::Device(index) => attr.link_create.__bindgen_anon_2.target_ifindex = index,
     }
