@@ -1,0 +1,31 @@
+//! What `heddle node` reads at its start: written by whoever starts node agents (`heddle up`).
+//!
+//! It is a JSON file named by `heddle node --config PATH`. Everything that can change while the agent runs
+//! comes over its sockets instead: workloads over [`crate::enroll`], services and policies over xDS.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::mesh::MeshConfig;
+
+/// Settings of one node agent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeConfig {
+    /// The mesh that the node belongs to.
+    pub mesh: MeshConfig,
+    /// The node's name.
+    pub node: String,
+    /// Where the control plane serves xDS.
+    pub xds_socket: PathBuf,
+    /// Where [`crate::enroll`] is spoken; the agent connects.
+    pub enroll_socket: PathBuf,
+    /// Where the agent listens for the operator's tools.
+    pub api_socket: PathBuf,
+    /// The agent's own folder on a bpffs, which exists.
+    pub pin_dir: PathBuf,
+    /// The agent's own folder for what must outlive it.
+    pub state_dir: PathBuf,
+    /// Absolute path of the node's cgroup v2, which has `agent`, `l7` and `w` below it.
+    pub cgroup: PathBuf,
+}
