@@ -1,1 +1,19 @@
-//! Safe wrappers of the Linux facilities that the runtime and the node agent share: namespaces, cgroup v2, fd passing.
+//! Safe wrappers of the Linux facilities that the runtime and the node agent share.
+//!
+//! - [`netns`]: network namespaces held by descriptor.
+//! - [`cgroup`]: cgroup v2 folders, killing all that is in them, CPU and memory limits on v2 or v1.
+//! - [`seqpacket`]: JSON messages with descriptors beside them, over Unix sockets by path.
+//! - [`place`]: start a child process in a cgroup and a namespace without a moment outside of them.
+//! - [`pidfd`]: signals that cannot hit a stranger who got the same process id.
+//! - [`mounts`]: what is mounted where.
+//!
+//! Nothing here knows of meshes, workloads or policies. The few unsafe calls are in the private module
+//! `sys` and in [`place`].
+
+pub mod cgroup;
+pub mod mounts;
+pub mod netns;
+pub mod pidfd;
+pub mod place;
+pub mod seqpacket;
+mod sys;
