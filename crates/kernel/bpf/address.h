@@ -55,3 +55,8 @@ static __always_inline int address_is_loopback(const struct address *a)
 	return a->word[0] == 0 && a->word[1] == 0 && a->word[2] == 0 &&
 	       (a->word[3] == bpf_htonl(1) || a->word[3] == 0);
 }
+
+static __always_inline __u32 address_family(const struct address *a)
+{
+	return address_is_v4(a) ? FAMILY_V4 : FAMILY_V6;
+}

@@ -153,7 +153,7 @@ static __always_inline void decide(const struct socket_state *state, __u8 protoc
 	if (!self || self->netns != state->netns)
 		return;
 	grant->source_workload = workload;
-	grant->source = self->source;
+	grant->source = self->source[address_family(&d->destination)];
 	if (address_is_loopback(&d->destination) || address_equal(&d->destination, &self->v4) ||
 	    address_equal(&d->destination, &self->v6)) {
 		d->action = ACTION_DIRECT;
@@ -196,8 +196,9 @@ static __always_inline void decide(const struct socket_state *state, __u8 protoc
 		return;
 	}
 	peer = bpf_map_lookup_elem(&workloads, &peer_id);
-	verdict = peer ? find_verdict(self->source, peer->policy_set, d->port, state->socket_class,
-				      protocol)
+	verdict = peer ? find_verdict(grant->source,
+				      peer->policy_set[address_family(&d->destination)], d->port,
+				      state->socket_class, protocol)
 		       : 0;
 	if (!verdict) {
 		d->reason = REASON_NO_VERDICT;

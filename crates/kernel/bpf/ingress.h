@@ -89,8 +89,9 @@ static __always_inline int admit_anonymous(struct __sk_buff *skb, const struct t
 	self = bpf_map_lookup_elem(&workloads, &state->workload);
 	if (!self)
 		return refuse_packet(skb, t, protocol, &grant, REASON_NO_IDENTITY);
-	verdict = find_verdict(SOURCE_ANONYMOUS, self->policy_set, t->destination_port,
-			       state->socket_class, protocol);
+	/* Asked as an app's: the strictest class of clients. */
+	verdict = find_verdict(SOURCE_ANONYMOUS, self->policy_set[address_family(&t->destination)],
+			       t->destination_port, CLASS_APP, protocol);
 	if (!verdict)
 		return refuse_packet(skb, t, protocol, &grant, REASON_NO_VERDICT);
 	grant.policy = verdict->policy;

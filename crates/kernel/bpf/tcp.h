@@ -57,6 +57,36 @@ static __always_inline void publish_grant(struct bpf_sock_ops *ops, struct socke
 	bpf_sock_ops_cb_flags_set(ops, BPF_SOCK_OPS_STATE_CB_FLAG);
 }
 
+static __always_inline void report(struct bpf_sock_ops *ops, struct socket_state *state, __u8 kind)
+{
+	int is_client = state->flags & SOCKET_CLIENT;
+	struct flow_event *event;
+	struct tuple t = {};
+	__u64 sent, received;
+
+	if (state->flags & SOCKET_LOCAL)
+		return;
+	client_tuple(ops, is_client, &t);
+	event = flow_begin(kind, &state->grant);
+	if (!event)
+		return;
+	event->cookie = bpf_get_socket_cookie(ops);
+	event->source = t.source;
+	event->destination = t.destination;
+	event->source_port = t.source_port;
+	event->destination_port = t.destination_port;
+	event->protocol = IPPROTO_TCP;
+	event->socket_class = state->socket_class;
+	event->flags = state->flags;
+	sent = CONTEXT_READ_64(ops, bytes_acked);
+	received = CONTEXT_READ_64(ops, bytes_received);
+	event->bytes_sent = is_client ? sent : received;
+	event->bytes_received = is_client ? received : sent;
+	event->srtt_us = CONTEXT_READ(ops, srtt_us) >> 3; /* the kernel keeps it times eight */
+	event->retransmits = CONTEXT_READ(ops, total_retrans);
+	flow_submit(event);
+}
+
 static __always_inline void accept_grant(struct bpf_sock_ops *ops, struct socket_state *state)
 {
 	struct grant *grant;
@@ -81,41 +111,12 @@ static __always_inline void accept_grant(struct bpf_sock_ops *ops, struct socket
 	state->grant.start_ns = bpf_ktime_get_ns();
 	state->grant.destination_workload = state->workload;
 	bpf_sock_ops_cb_flags_set(ops, BPF_SOCK_OPS_STATE_CB_FLAG);
-}
-
-static __always_inline void report_close(struct bpf_sock_ops *ops, struct socket_state *state)
-{
-	int is_client = state->flags & SOCKET_CLIENT;
-	struct flow_event *event;
-	struct tuple t = {};
-	__u64 sent, received;
-
-	if (state->flags & SOCKET_LOCAL)
-		return;
-	client_tuple(ops, is_client, &t);
-	event = flow_begin(FLOW_CLOSED, &state->grant);
-	if (!event)
-		return;
-	event->cookie = bpf_get_socket_cookie(ops);
-	event->source = t.source;
-	event->destination = t.destination;
-	event->source_port = t.source_port;
-	event->destination_port = t.destination_port;
-	event->protocol = IPPROTO_TCP;
-	event->socket_class = state->socket_class;
-	event->flags = state->flags;
-	sent = CONTEXT_READ_64(ops, bytes_acked);
-	received = CONTEXT_READ_64(ops, bytes_received);
-	event->bytes_sent = is_client ? sent : received;
-	event->bytes_received = is_client ? received : sent;
-	event->srtt_us = CONTEXT_READ(ops, srtt_us) >> 3; /* the kernel keeps it times eight */
-	event->retransmits = CONTEXT_READ(ops, total_retrans);
-	flow_submit(event);
+	report(ops, state, FLOW_OPENED);
 }
 
 static __always_inline void on_close(struct bpf_sock_ops *ops, struct socket_state *state)
 {
-	report_close(ops, state);
+	report(ops, state, FLOW_CLOSED);
 	if ((state->flags & SOCKET_CLIENT) && !(state->flags & SOCKET_ESTABLISHED)) {
 		struct tuple t = {};
 
@@ -148,6 +149,7 @@ int heddle_sockops(struct bpf_sock_ops *ops)
 		break;
 	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
 		state->flags |= SOCKET_ESTABLISHED;
+		report(ops, state, FLOW_OPENED);
 		break;
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
 		accept_grant(ops, state);

@@ -66,6 +66,7 @@ enum flow_kind {
 	FLOW_CLOSED = 1,          /* a connection ended; bytes and round-trip time are final */
 	FLOW_REFUSED_CONNECT = 2, /* refused in the client's connect() */
 	FLOW_REFUSED_INGRESS = 3, /* refused where it arrived */
+	FLOW_OPENED = 4,          /* a connection was established */
 };
 
 /* cgroups: cgroup id -> who lives there. */
@@ -75,16 +76,16 @@ struct cgroup_entry {
 };
 
 /* workloads: local workloads only. One write switches a workload to new rules. */
-#define WORKLOAD_DRAINING 1
 struct workload_entry {
 	__u64 netns;
-	__u32 source;     /* identity id: the source half of a verdict's key */
-	__u32 policy_set; /* the destination half */
+	/* By address family (FAMILY_V4, FAMILY_V6): policies may look at addresses. */
+	__u32 source[2];     /* identity id: the source half of a verdict's key */
+	__u32 policy_set[2]; /* the destination half */
 	struct address v4;
 	struct address v6;
-	__u32 flags;
-	__u32 padding;
 };
+#define FAMILY_V4 0
+#define FAMILY_V6 1
 
 /* addresses: every workload address of the mesh. */
 #define ADDRESS_LOCAL 1

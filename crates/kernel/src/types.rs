@@ -106,6 +106,8 @@ pub enum FlowKind {
     RefusedConnect,
     /// Refused where it arrived.
     RefusedIngress,
+    /// The connection was established.
+    Opened,
 }
 
 /// Defines C-compatible plain structs that may be map keys or values.
@@ -140,18 +142,14 @@ plain! {
     pub struct WorkloadEntry {
         /// Network namespace cookie.
         pub netns: u64,
-        /// Identity id: the source half of a verdict's key.
-        pub source: u32,
-        /// Policy set id: the destination half.
-        pub policy_set: u32,
+        /// Identity id, for IPv4 and for IPv6: the source half of a verdict's key.
+        pub source: [u32; 2],
+        /// Policy set id, for IPv4 and for IPv6: the destination half.
+        pub policy_set: [u32; 2],
         /// IPv4 address, zero if none.
         pub v4: Address,
         /// IPv6 address, zero if none.
         pub v6: Address,
-        /// Unused, zero.
-        pub flags: u32,
-        /// Zero.
-        pub padding: u32,
     }
 
     /// Whose address it is.
@@ -340,6 +338,7 @@ impl FlowEvent {
             1 => Some(FlowKind::Closed),
             2 => Some(FlowKind::RefusedConnect),
             3 => Some(FlowKind::RefusedIngress),
+            4 => Some(FlowKind::Opened),
             _ => None,
         }
     }
@@ -390,9 +389,7 @@ mod tests {
                 source,
                 policy_set,
                 v4,
-                v6,
-                flags,
-                padding
+                v6
             }
         );
         check!("address_entry", AddressEntry { workload, flags });
