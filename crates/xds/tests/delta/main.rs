@@ -1,5 +1,7 @@
 //! The server and the client over real Unix sockets; the protocol's finer points with a raw client.
 
+#![allow(clippy::unwrap_used)] // A test fails by panicking.
+
 mod raw;
 
 use std::{path::Path, time::Duration};
