@@ -9,9 +9,6 @@ fn main() -> Result<(), Box<dyn Error>> {
     prost_build::Config::new()
         .bytes(["."])
         .btree_map(["."])
-        // Hundreds of bytes each: an address is moved around as one pointer.
-        .boxed(".istio.workload.Address.type.workload")
-        .boxed(".istio.workload.Address.type.service")
         .enable_type_names()
         .type_name_domain(["."], "type.googleapis.com")
         .compile_fds(descriptors)?;

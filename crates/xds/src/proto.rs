@@ -3,6 +3,7 @@
 //! Only names and small conversions live here; meaning is given by who compiles and who reads them.
 
 #![allow(missing_docs)] // Generated code; the comments are in the .proto files.
+#![allow(clippy::large_enum_variant)] // An address is decoded and taken apart at once, never kept by the thousand.
 
 use std::net::IpAddr;
 
