@@ -1,0 +1,37 @@
+//! Published ports: a port of the host's loopback that leads to a service of the mesh.
+//!
+//! The work is split so that a published connection obeys policy like any other. `heddle up` owns the
+//! listening sockets, which belong to the host's namespace ([`listeners`]). The relay runs inside an
+//! ordinary replica with an identity of its own, accepts from them, and connects from its own namespace
+//! ([`relay`]). Between the two is a `SOCK_SEQPACKET` pair that carries the messages below, so that
+//! ports come and go, and relays are replaced, while the listening sockets stay.
+//!
+//! Which ports are published and where they lead is the caller's business.
+
+pub mod listeners;
+pub mod relay;
+
+use std::net::SocketAddr;
+
+use serde::{Deserialize, Serialize};
+
+/// Most ports that one mesh publishes.
+pub const MAX_PORTS: usize = 256;
+
+/// One port to publish.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PublishedPort {
+    /// Port on 127.0.0.1 and `::1` of the host.
+    pub host_port: u16,
+    /// Where connections lead: a service's virtual address, or a replica's address.
+    pub target: SocketAddr,
+}
+
+/// What `up` tells the relay.
+#[derive(Debug, Serialize, Deserialize)]
+enum Message {
+    /// Accept from the listening sockets beside this message; replaces what was said of the port before.
+    Add { host_port: u16, target: SocketAddr },
+    /// Accept no more. Connections that are open go on.
+    Remove { host_port: u16 },
+}
