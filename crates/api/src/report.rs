@@ -1,0 +1,187 @@
+//! What the processes of a mesh tell operators: flow records, status, explanations. The JSON of `-o json`.
+
+use std::net::IpAddr;
+
+use serde::{Deserialize, Serialize};
+
+/// One connection (or a refused try), as `heddle flows` shows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FlowRecord {
+    /// Number within the node; grows by one per record.
+    pub sequence: u64,
+    /// When it happened, milliseconds since 1970.
+    pub time_ms: u64,
+    /// The node that recorded it.
+    pub node: String,
+    /// What happened.
+    pub event: FlowEventKind,
+    /// The client.
+    pub source: FlowEnd,
+    /// The server (for a refused try: where it would have gone).
+    pub destination: FlowEnd,
+    /// `NAMESPACE/NAME` of the service that the client dialled, if it dialled one.
+    pub service: Option<String>,
+    /// `TCP` or `UDP`.
+    pub protocol: String,
+    /// Which of the four paths carried it.
+    pub path: String,
+    /// Allowed or denied.
+    pub verdict: Verdict,
+    /// Why, one word of a fixed set.
+    pub reason: String,
+    /// `NAMESPACE/NAME` of the policy that decided.
+    pub policy: Option<String>,
+    /// Bytes that the client sent and the server acknowledged.
+    pub bytes_sent: u64,
+    /// Bytes that the client received.
+    pub bytes_received: u64,
+    /// Smoothed round-trip time, microseconds; 0 before it was measured.
+    pub rtt_us: u32,
+    /// Retransmitted segments.
+    pub retransmits: u32,
+    /// Since `connect()`, microseconds.
+    pub duration_us: u64,
+    /// Identifies the connection on its node, so that its opening and closing can be joined.
+    pub connection: u64,
+}
+
+/// What a flow record tells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FlowEventKind {
+    /// Established.
+    Opened,
+    /// Ended; the figures are final.
+    Closed,
+    /// Ended without ever having been established (nobody listened, or it was given up).
+    Failed,
+    /// Refused.
+    Refused,
+}
+
+/// Allowed or not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Verdict {
+    /// Policy allows it.
+    Allowed,
+    /// Refused.
+    Denied,
+}
+
+/// One end of a connection.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FlowEnd {
+    /// Namespace; empty outside the mesh.
+    pub namespace: String,
+    /// Name of the `Workload` object; empty outside the mesh.
+    pub workload: String,
+    /// Replica name; empty outside the mesh.
+    pub pod: String,
+    /// SPIFFE id; empty if nobody vouches for it.
+    pub identity: String,
+    /// Address, if known.
+    pub address: Option<IpAddr>,
+    /// Port; 0 if not known.
+    pub port: u16,
+}
+
+/// How a node agent stands.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeStatus {
+    /// Node name.
+    pub node: String,
+    /// Process id of the agent.
+    pub pid: u32,
+    /// All of the control plane's state was received at least once.
+    pub synced: bool,
+    /// The stream to the control plane is open.
+    pub connected: bool,
+    /// Version of the agent.
+    pub version: String,
+    /// Workloads enrolled and under policy.
+    pub enrolled: Vec<String>,
+    /// Attached kernel programs.
+    pub programs: Vec<ProgramStatus>,
+    /// Room in the kernel's maps.
+    pub maps: Vec<MapStatus>,
+    /// How often each reason came up.
+    pub reasons: Vec<ReasonCount>,
+    /// What could not be put into effect, newest last.
+    pub problems: Vec<String>,
+    /// Flow records that were lost before they could be read.
+    pub flows_lost: u64,
+}
+
+/// One attached kernel program.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProgramStatus {
+    /// Program name.
+    pub program: String,
+    /// What it is attached to.
+    pub target: String,
+}
+
+/// Use of one kernel map.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MapStatus {
+    /// Map name.
+    pub map: String,
+    /// Entries.
+    pub entries: usize,
+    /// Room for so many.
+    pub capacity: u32,
+}
+
+/// How often one reason came up.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReasonCount {
+    /// The reason's name.
+    pub reason: String,
+    /// What it means.
+    pub text: String,
+    /// Count since the node's maps were made.
+    pub count: u64,
+}
+
+/// The answer of `heddle explain`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Explanation {
+    /// The client.
+    pub source: FlowEnd,
+    /// As asked: `HOST:PORT`.
+    pub asked: String,
+    /// `NAMESPACE/NAME` of the service that the name or address belongs to.
+    pub service: Option<String>,
+    /// The path it takes, or `refused`.
+    pub path: String,
+    /// Whether a connection would be made (to at least one endpoint).
+    pub verdict: Verdict,
+    /// Why, one word of a fixed set.
+    pub reason: String,
+    /// The same in a sentence.
+    pub text: String,
+    /// What the program sees: `connected`, or the name of an errno.
+    pub outcome: String,
+    /// Every endpoint that the kernel may pick.
+    pub endpoints: Vec<ExplainedEndpoint>,
+}
+
+/// One endpoint in an explanation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExplainedEndpoint {
+    /// The server.
+    pub destination: FlowEnd,
+    /// Its node.
+    pub node: String,
+    /// Share of new connections, thousandths.
+    pub share: u32,
+    /// Verdict for this endpoint.
+    pub verdict: Verdict,
+    /// Why.
+    pub reason: String,
+    /// `NAMESPACE/NAME` of the policy that decides.
+    pub policy: Option<String>,
+    /// The policies that apply to the endpoint, all of them.
+    pub policies: Vec<String>,
+}
