@@ -70,8 +70,6 @@ pub struct Remains {
     pub run_dir: PathBuf,
     /// Its cgroup v2 folder, `CGROUP2/heddle.MESH`. Folders of the same name in v1 hierarchies are its too.
     pub cgroup: PathBuf,
-    /// A file directly in `run_dir` that stays, with the folder: the lock, when its holder cleans.
-    pub keep: Option<PathBuf>,
 }
 
 /// What was done.
@@ -128,8 +126,7 @@ pub fn leftovers(remains: &Remains) -> Result<bool, Error> {
     check(remains)?;
     Ok(!cgroups(remains)?.is_empty()
         || !mounted_below(remains)?.is_empty()
-        || !entries(remains)?.is_empty()
-        || (remains.keep.is_none() && exists(&remains.run_dir)))
+        || exists(&remains.run_dir))
 }
 
 fn check(remains: &Remains) -> Result<(), Error> {
@@ -155,17 +152,13 @@ fn check(remains: &Remains) -> Result<(), Error> {
         return refuse(&remains.run_dir, "the path leads through a symbolic link");
     }
     let cgroup_name = remains.cgroup.file_name().and_then(|name| name.to_str());
-    if !cgroup_name.is_some_and(|name| name.len() > CGROUP_PREFIX.len() && name.starts_with(CGROUP_PREFIX))
+    if !cgroup_name
+        .is_some_and(|name| name.len() > CGROUP_PREFIX.len() && name.starts_with(CGROUP_PREFIX))
     {
         return refuse(&remains.cgroup, "a mesh's cgroup is named heddle.MESH");
     }
     if exists(&remains.cgroup) && !exists(&remains.cgroup.join("cgroup.procs")) {
         return refuse(&remains.cgroup, "this folder is no cgroup");
-    }
-    if let Some(keep) = &remains.keep
-        && keep.parent() != Some(&remains.run_dir)
-    {
-        return refuse(keep, "the file to keep is not directly in the mesh's folder");
     }
     if is_mine(&remains.cgroup)? {
         return refuse(
@@ -244,8 +237,7 @@ fn kill_and_remove(path: &Path) -> Result<(), cgroup::Error> {
 }
 
 fn processes_below(path: &Path) -> usize {
-    let here = fs::read_to_string(path.join("cgroup.procs"))
-        .map_or(0, |text| text.lines().count());
+    let here = fs::read_to_string(path.join("cgroup.procs")).map_or(0, |text| text.lines().count());
     let below: usize = fs::read_dir(path)
         .into_iter()
         .flatten()
@@ -256,13 +248,12 @@ fn processes_below(path: &Path) -> usize {
     here + below
 }
 
-/// What is mounted below the run folder, and on it unless something in it is kept; the latest first, so that
-/// whatever is mounted on top of another comes before it.
+/// What is mounted on the run folder and below it; the latest first, so that whatever is mounted on top of
+/// another comes before it.
 fn mounted_below(remains: &Remains) -> Result<Vec<PathBuf>, Error> {
     let targets = list_mounts()?.into_iter().map(|mount| mount.target);
     let mut found: Vec<_> = targets
         .filter(|target| target.starts_with(&remains.run_dir))
-        .filter(|target| remains.keep.is_none() || *target != remains.run_dir)
         .collect();
     found.reverse();
     found.sort_by_key(|target| std::cmp::Reverse(target.components().count()));
@@ -289,39 +280,14 @@ fn unmount(remains: &Remains, report: &mut Report) -> Result<(), Error> {
 }
 
 fn remove_files(remains: &Remains, report: &mut Report) -> Result<(), Error> {
-    for path in entries(remains)? {
-        report.files = true;
-        let is_folder = fs::symlink_metadata(&path).is_ok_and(|metadata| metadata.is_dir());
-        let removed = if is_folder {
-            fs::remove_dir_all(&path)
-        } else {
-            fs::remove_file(&path)
-        };
-        gone_is_fine(removed).map_err(|source| failed("remove", &path, source))?;
-    }
-    if remains.keep.is_none() && exists(&remains.run_dir) {
-        report.files = true;
-        gone_is_fine(fs::remove_dir(&remains.run_dir))
-            .map_err(|source| failed("remove", &remains.run_dir, source))?;
-    }
-    Ok(())
-}
-
-/// What is directly in the run folder and not to be kept.
-fn entries(remains: &Remains) -> Result<Vec<PathBuf>, Error> {
-    let failed = |source| failed("list", &remains.run_dir, source);
-    let listed = match fs::read_dir(&remains.run_dir) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        listed => listed.map_err(failed)?,
-    };
-    let mut found = Vec::new();
-    for entry in listed {
-        let path = entry.map_err(failed)?.path();
-        if Some(&path) != remains.keep.as_ref() {
-            found.push(path);
+    match fs::remove_dir_all(&remains.run_dir) {
+        Ok(()) => {
+            report.files = true;
+            Ok(())
         }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(source) => Err(failed("remove", &remains.run_dir, source)),
     }
-    Ok(found)
 }
 
 fn list_mounts() -> Result<Vec<mounts::Mount>, Error> {
@@ -330,13 +296,6 @@ fn list_mounts() -> Result<Vec<mounts::Mount>, Error> {
 
 fn exists(path: &Path) -> bool {
     fs::symlink_metadata(path).is_ok()
-}
-
-fn gone_is_fine(result: io::Result<()>) -> io::Result<()> {
-    match result {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        result => result,
-    }
 }
 
 fn failed(what: &'static str, path: &Path, source: io::Error) -> Error {
@@ -366,13 +325,19 @@ pub(crate) mod tests {
                 .unwrap()
                 .unwrap()
                 .join(format!("heddle.{name}")),
-            keep: None,
         }
     }
 
     fn put(what: &str, target: &Path) {
         fs::create_dir_all(target).unwrap();
-        mount(Some("none"), target, Some(what), MsFlags::empty(), None::<&str>).unwrap();
+        mount(
+            Some("none"),
+            target,
+            Some(what),
+            MsFlags::empty(),
+            None::<&str>,
+        )
+        .unwrap();
     }
 
     #[test]
@@ -438,26 +403,13 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn the_lock_of_who_cleans_stays() {
-        let mut remains = remains("lock");
-        let lock = remains.run_dir.join("lock");
-        remains.keep = Some(lock.clone());
+    fn a_run_folder_that_is_a_mount_itself_goes() {
+        let remains = remains("mounted");
         put("tmpfs", &remains.run_dir);
-        fs::write(&lock, "7").unwrap();
-        assert!(!leftovers(&remains).unwrap());
-
-        put("tmpfs", &remains.run_dir.join("w"));
         fs::write(remains.run_dir.join("up.json"), "{}").unwrap();
-        assert!(leftovers(&remains).unwrap());
         let report = clean_mesh(&remains);
         assert!(report.errors.is_empty(), "{report:?}");
-        assert_eq!(report.unmounted, [remains.run_dir.join("w")]);
-        assert_eq!(fs::read(&lock).unwrap(), b"7");
-        assert!(!leftovers(&remains).unwrap());
-
-        remains.keep = None;
-        let report = clean_mesh(&remains);
-        assert!(report.errors.is_empty(), "{report:?}");
+        assert_eq!(report.unmounted, [remains.run_dir.as_path()]);
         assert!(!exists(&remains.run_dir));
     }
 
@@ -481,17 +433,16 @@ pub(crate) mod tests {
         }
         fs::remove_file(link).unwrap();
         let mount = good.cgroup.parent().unwrap();
-        for cgroup in [mount.to_path_buf(), mount.join("user.slice"), mount.join("heddle.")] {
+        for cgroup in [
+            mount.to_path_buf(),
+            mount.join("user.slice"),
+            mount.join("heddle."),
+        ] {
             let remains = Remains {
                 cgroup,
                 ..good.clone()
             };
             assert!(matches!(leftovers(&remains), Err(Error::Refused { .. })));
         }
-        let remains = Remains {
-            keep: Some("/etc/passwd".into()),
-            ..good
-        };
-        assert!(matches!(leftovers(&remains), Err(Error::Refused { .. })));
     }
 }

@@ -1,19 +1,22 @@
 //! The guardian, `heddle guardian`: a process that outlives a supervisor which was killed, and cleans up after it.
 //!
-//! It waits for the end of a pipe whose other end only the supervisor holds, and then does what is in
-//! [`cleanup`]. It also holds the supervisor's lock, as a duplicate of the same open file: the
+//! It waits for the end of a pipe whose other end only the supervisor holds. If that came without a word, it does
+//! what is in [`cleanup`]. It also holds the supervisor's lock, as a duplicate of the same open file: the
 //! lock stays taken until all is cleaned, so that a new supervisor of the mesh can never be cleaned away.
+
+mod signals;
 
 use std::{
     ffi::OsString,
-    io::{self, Read},
-    os::fd::OwnedFd,
+    fs,
+    io::{self, Read, Write},
+    os::{fd::OwnedFd, unix::fs::MetadataExt},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
 };
 
-use linux::place::Placement;
-use nix::sys::signal::{SigSet, Signal};
+use linux::place::{FIRST_INHERITED, Placement};
+use nix::sys::signal::Signal;
 use thiserror::Error;
 
 use crate::cleanup::{self, Remains, Report};
@@ -41,7 +44,10 @@ pub enum Error {
     },
 }
 
-/// The supervisor's hold on its guardian. Dropping it lets the guardian clean.
+/// What a supervisor says that has cleaned up itself.
+const ALL_DONE: &[u8] = b".";
+
+/// The supervisor's hold on its guardian. Dropping it lets the guardian clean, as a crash does.
 #[derive(Debug)]
 pub struct Guardian {
     child: Child,
@@ -49,69 +55,92 @@ pub struct Guardian {
 }
 
 impl Guardian {
-    /// Starts `program guardian --run-dir DIR --cgroup DIR` in a session of its own. `lock` is a duplicate of the
-    /// descriptor by which the caller holds the mesh's lock (flock(2): duplicates share the lock).
+    /// Starts `program guardian --run-dir DIR --cgroup DIR --lock FILE` in a session of its own. `held` is a duplicate
+    /// of the descriptor by which the caller holds `lock` (flock(2): duplicates share the lock).
     ///
     /// # Errors
     /// [`Error::Start`].
-    pub fn start(program: &Path, remains: &Remains, lock: OwnedFd) -> Result<Self, Error> {
+    pub fn start(
+        program: &Path,
+        remains: &Remains,
+        lock: &Path,
+        held: OwnedFd,
+    ) -> Result<Self, Error> {
         let mut command = Command::new(program);
-        command.args(arguments(remains));
-        Self::spawn(command, lock).map_err(|source| Error::Start {
+        command.args(arguments(remains, lock));
+        Self::spawn(command, held).map_err(|source| Error::Start {
             program: program.into(),
             source,
         })
     }
 
-    /// Ends the guardian after a clean end: what is left, if anything, is cleaned, and when this returns the lock
-    /// is free. The caller should have cleaned, and have dropped its own descriptor of the lock.
+    /// Ends the guardian without its cleaning, since the caller has cleaned. The caller must still hold the lock;
+    /// it may give it up after this.
     ///
     /// # Errors
-    /// [`Error::Watch`] if it was lost; it has left nothing undone that the caller did not.
+    /// [`Error::Watch`] if the guardian had ended before.
     pub fn finish(mut self) -> Result<(), Error> {
+        let told = self.alive.write_all(ALL_DONE);
         drop(self.alive);
-        self.child
-            .wait()
+        told.and_then(|()| self.child.wait())
             .map(drop)
-            .map_err(|source| watch("be waited for", source))
+            .map_err(|source| watch("be told of the end", source))
     }
 
-    fn spawn(mut command: Command, lock: OwnedFd) -> io::Result<Self> {
+    fn spawn(mut command: Command, held: OwnedFd) -> io::Result<Self> {
         let (reader, alive) = io::pipe()?;
         command
             .stdin(Stdio::from(reader))
             .stdout(Stdio::null())
             // It must keep no file system busy.
             .current_dir("/");
-        Placement::new().inherit(vec![lock])?.apply(&mut command);
+        Placement::new().inherit(vec![held])?.apply(&mut command);
         let child = command.spawn()?;
         Ok(Self { child, alive })
     }
 }
 
-/// The body of `heddle guardian`: blocks until `pipe`, the standard input, ends, and cleans. To be called before any other
-/// thread is started: SIGINT, SIGTERM and SIGHUP are blocked for good, since they come to the supervisor's
-/// whole group just when the guardian is needed.
+/// The body of `heddle guardian`: blocks until `pipe`, the standard input, ends; cleans, and removes the file `lock`.
+/// After [`Guardian::finish`] it does nothing.
+///
+/// The process ignores SIGINT, SIGTERM and SIGHUP from then on, since they come to all of a terminal's or a
+/// service's processes just when the guardian is needed.
 ///
 /// # Errors
 /// [`Error::Watch`]; nothing was cleaned then. What could not be cleaned is in the report.
-pub fn run(mut pipe: impl Read, remains: &Remains) -> Result<Report, Error> {
-    let ignored = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]);
-    ignored
-        .thread_block()
-        .map_err(|errno| watch("block signals", errno.into()))?;
-    io::copy(&mut pipe, &mut io::sink())
+pub fn run(mut pipe: impl Read, remains: &Remains, lock: &Path) -> Result<Report, Error> {
+    signals::ignore(&[Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP])
+        .map_err(|source| watch("ignore signals", source))?;
+    let said = io::copy(&mut pipe, &mut io::sink())
         .map_err(|source| watch("wait for the supervisor's end", source))?;
-    Ok(cleanup::clean_mesh(remains))
+    if said > 0 {
+        return Ok(Report::default());
+    }
+    let report = cleanup::clean_mesh(remains);
+    remove_lock(lock).map_err(|source| watch("remove the lock", source))?;
+    Ok(report)
 }
 
-fn arguments(remains: &Remains) -> [OsString; 5] {
+/// Removes the file unless it is another than the one that this process holds locked.
+fn remove_lock(lock: &Path) -> io::Result<()> {
+    let held = fs::metadata(format!("/proc/self/fd/{FIRST_INHERITED}"))?;
+    match fs::metadata(lock) {
+        Ok(found) if (found.dev(), found.ino()) == (held.dev(), held.ino()) => {
+            fs::remove_file(lock)
+        }
+        _ => Ok(()),
+    }
+}
+
+fn arguments(remains: &Remains, lock: &Path) -> [OsString; 7] {
     [
         "guardian".into(),
         "--run-dir".into(),
         remains.run_dir.clone().into(),
         "--cgroup".into(),
         remains.cgroup.clone().into(),
+        "--lock".into(),
+        lock.into(),
     ]
 }
 
@@ -122,7 +151,7 @@ fn watch(what: &'static str, source: io::Error) -> Error {
 #[cfg(test)]
 mod tests {
     use std::{
-        env, fs,
+        env,
         io::{BufRead, BufReader},
         thread,
         time::{Duration, Instant},
@@ -137,7 +166,11 @@ mod tests {
     /// Set for the processes that the tests start from their own binary: `ROLE RUN_DIR CGROUP`.
     const ROLE: &str = "HEDDLE_TEST_GUARDIAN";
 
-    /// The test that plays the roles, in a process of its own, on its main thread.
+    fn lock_path(remains: &Remains) -> PathBuf {
+        remains.run_dir.with_extension("lock")
+    }
+
+    /// The test that plays the roles, in a process of its own.
     fn play(role: &str, remains: &Remains) -> Command {
         let mut command = Command::new(env::current_exe().unwrap());
         let test = "guardian::tests::a_killed_supervisor_leaves_nothing";
@@ -160,22 +193,20 @@ mod tests {
         let remains = Remains {
             run_dir: words.next().unwrap().into(),
             cgroup: words.next().unwrap().into(),
-            keep: None,
         };
+        let path = lock_path(&remains);
         if role == "guardian" {
-            let report = run(io::stdin(), &remains).unwrap();
+            let report = run(io::stdin(), &remains, &path).unwrap();
             assert!(report.errors.is_empty(), "{report:?}");
             return;
         }
-        let lock = fs::File::create(remains.run_dir.join("lock")).unwrap();
+        let lock = fs::File::create(&path).unwrap();
         let lock = Flock::lock(lock, FlockArg::LockExclusiveNonblock).unwrap();
         let shared = lock.try_clone().unwrap().into();
         let guardian = Guardian::spawn(play("guardian", &remains), shared).unwrap();
         println!("\nguardian {}", guardian.child.id());
         if role == "ending" {
-            drop(lock);
             guardian.finish().unwrap();
-            assert!(!remains.run_dir.exists());
             return;
         }
         // Until it is killed; the bound is for the case that it is not.
@@ -209,14 +240,17 @@ mod tests {
             .lines()
             .find_map(|line| line.unwrap().strip_prefix("guardian ")?.parse().ok())
             .unwrap();
-        // Signals that would end it come only when it is ready for them: it says so by blocking them.
+        // Signals that would end it come only when it is ready for them. SIGHUP is 1, SIGINT 2, SIGTERM 15.
+        let ignored = 1 | 1 << 1 | 1 << 14;
         let status = format!("/proc/{guardian}/status");
-        within_ten_seconds("the guardian blocks signals", || {
+        within_ten_seconds("the guardian ignores signals", || {
             fs::read_to_string(&status)
                 .unwrap()
                 .lines()
-                .filter_map(|line| line.strip_prefix("SigBlk:"))
-                .any(|mask| u64::from_str_radix(mask.trim(), 16).is_ok_and(|mask| mask != 0))
+                .filter_map(|line| line.strip_prefix("SigIgn:"))
+                .any(|mask| {
+                    u64::from_str_radix(mask.trim(), 16).is_ok_and(|mask| mask & ignored == ignored)
+                })
         });
         let guardian = PidFd::open(guardian).unwrap();
         for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
@@ -224,7 +258,7 @@ mod tests {
         }
         assert!(guardian.is_alive() && remains.run_dir.exists());
 
-        let lock = fs::File::open(remains.run_dir.join("lock")).unwrap();
+        let lock = fs::File::open(lock_path(&remains)).unwrap();
         supervisor.kill().unwrap();
         supervisor.wait().unwrap();
         assert!(!workload.wait().unwrap().success());
@@ -240,21 +274,25 @@ mod tests {
             }
         });
         assert!(!remains.run_dir.exists() && !remains.cgroup.exists());
+        assert!(!lock_path(&remains).exists());
     }
 
     #[test]
-    fn a_supervisor_that_ends_well_waits_for_its_guardian() {
+    fn a_supervisor_that_ends_well_ends_its_guardian() {
         let remains = remains("ending");
         fs::create_dir_all(&remains.run_dir).unwrap();
         let ended = play("ending", &remains).output().unwrap();
         assert!(ended.status.success(), "{ended:?}");
-        assert!(!remains.run_dir.exists());
+        // It said that it had cleaned, so what it left is none of the guardian's business.
+        fs::remove_dir(&remains.run_dir).unwrap();
+        fs::remove_file(lock_path(&remains)).unwrap();
     }
 
     #[test]
     fn a_guardian_that_cannot_be_started_is_an_error() {
         let lock = fs::File::open("/dev/null").unwrap().into();
-        let error = Guardian::start(Path::new("/nonexistent"), &remains("none"), lock);
+        let program = Path::new("/nonexistent");
+        let error = Guardian::start(program, &remains("none"), Path::new("/dev/null"), lock);
         assert!(matches!(error, Err(Error::Start { .. })));
     }
 }

@@ -6,7 +6,7 @@
 use std::{
     collections::BTreeMap,
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener},
+    net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener},
     os::fd::{AsFd, OwnedFd},
     sync::Arc,
 };
@@ -212,7 +212,7 @@ fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     )?;
     // Without it a port is not to be had for a minute after its last connection.
     socket.set_reuse_address(true)?;
-    if let IpAddr::V6(_) = address.ip() {
+    if address.is_ipv6() {
         socket.set_only_v6(true)?;
     }
     socket.bind(&address.into())?;
@@ -250,7 +250,7 @@ async fn feed(relay: Stream, mut ports: watch::Receiver<Ports>) {
         tokio::select! {
             changed = ports.changed() => if changed.is_err() { return },
             // The relay says nothing: whatever comes is its end.
-            _ = relay.receive::<()>() => return,
+            _ = relay.recv::<()>() => return,
         }
     }
 }

@@ -56,7 +56,7 @@ async fn serve(control: OwnedFd, max_connections: usize) -> Result<(), Error> {
     let connections = Connections::new(max_connections);
     // Dropping a port's set ends its accepting, not its connections.
     let mut ports: BTreeMap<u16, JoinSet<()>> = BTreeMap::new();
-    while let Some((message, descriptors)) = control.receive().await? {
+    while let Some((message, descriptors)) = control.recv().await? {
         match message {
             Message::Add { host_port, target } => {
                 ports.insert(
@@ -274,10 +274,7 @@ mod tests {
         // An open connection outlives the change of its port's target.
         let mut open = TcpStream::connect(("127.0.0.1", host_port)).await.unwrap();
         open.write_all(b"old").await.unwrap();
-        assert_eq!(
-            ask(("127.0.0.1", host_port), "").await.unwrap(),
-            "first "
-        );
+        assert_eq!(ask(("127.0.0.1", host_port), "").await.unwrap(), "first ");
         assert!(listeners.set(&[published(host_port, second)]).is_empty());
         let deadline = tokio::time::Instant::now() + Duration::from_secs(5);
         while ask(("127.0.0.1", host_port), "x").await.unwrap() != "second x" {
@@ -362,7 +359,9 @@ mod tests {
         let copy = listener.try_clone().unwrap();
         let target = listener.local_addr().unwrap();
         let accepting = accept_all(1, target, vec![listener.into()], &Connections::new(1));
-        socket2::SockRef::from(&copy).shutdown(Shutdown::Both).unwrap();
+        socket2::SockRef::from(&copy)
+            .shutdown(Shutdown::Both)
+            .unwrap();
         let ended = timeout(Duration::from_secs(5), accepting.join_all()).await;
         assert_eq!(ended.unwrap().len(), 1);
     }
