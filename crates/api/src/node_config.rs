@@ -28,4 +28,8 @@ pub struct NodeConfig {
     pub state_dir: PathBuf,
     /// Absolute path of the node's cgroup v2, which has `agent`, `l7` and `w` below it.
     pub cgroup: PathBuf,
+    /// Name servers for names outside the mesh (`ADDRESS` or `ADDRESS:PORT`); empty for those of the machine's
+    /// `/etc/resolv.conf`.
+    #[serde(default)]
+    pub dns_upstream: Vec<String>,
 }

@@ -5,6 +5,7 @@
 //! - [`seqpacket`]: JSON messages with descriptors beside them, over Unix sockets by path.
 //! - [`place`]: start a child process in a cgroup and a namespace without a moment outside of them.
 //! - [`pidfd`]: signals that cannot hit a stranger who got the same process id.
+//! - [`readable`]: waiting for a descriptor of any kind.
 //! - [`mounts`]: what is mounted where.
 //!
 //! Nothing here knows of meshes, workloads or policies. The few unsafe calls are in the private module
@@ -15,5 +16,6 @@ pub mod mounts;
 pub mod netns;
 pub mod pidfd;
 pub mod place;
+pub mod readable;
 pub mod seqpacket;
 mod sys;

@@ -20,12 +20,21 @@ pub const FIRST_INHERITED: RawFd = 3;
 /// Most descriptors that a child may inherit besides its standard ones.
 pub const MAX_INHERITED: usize = 64;
 
-/// Where a child starts. The order is: session, cgroups, namespace, descriptors.
+/// Where a child starts and as whom. The order is: session, cgroups, namespace, descriptors, user.
 #[derive(Debug, Default)]
 pub struct Placement {
     cgroups: Vec<File>,
     netns: Option<Netns>,
     inherit: Vec<OwnedFd>,
+    user: Option<User>,
+    dies_with_parent: bool,
+}
+
+#[derive(Debug)]
+struct User {
+    uid: u32,
+    gid: u32,
+    groups: Vec<u32>,
 }
 
 impl Placement {
@@ -69,6 +78,21 @@ impl Placement {
         }
         self.inherit = descriptors;
         Ok(self)
+    }
+
+    /// The child runs as this user. Its groups are these, not the parent's.
+    #[must_use]
+    pub fn user(mut self, uid: u32, gid: u32, groups: Vec<u32>) -> Self {
+        self.user = Some(User { uid, gid, groups });
+        self
+    }
+
+    /// The child gets SIGKILL when the **thread** that spawns it ends, so that thread must live as long as
+    /// the process does.
+    #[must_use]
+    pub fn dies_with_parent(mut self) -> Self {
+        self.dies_with_parent = true;
+        self
     }
 
     /// Arranges it for `command`, which must not be spawned more than once.
@@ -115,6 +139,18 @@ impl Placement {
         check(unsafe {
             libc::close_range(first, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC as i32)
         })?;
+        if let Some(user) = &self.user {
+            // SAFETY: the pointer and the length are those of one vector.
+            check(unsafe { libc::setgroups(user.groups.len(), user.groups.as_ptr()) })?;
+            // SAFETY: no pointers. The group goes first: the user may not be allowed to.
+            check(unsafe { libc::setgid(user.gid) })?;
+            // SAFETY: no pointers.
+            check(unsafe { libc::setuid(user.uid) })?;
+        }
+        if self.dies_with_parent {
+            // SAFETY: no pointers. After the change of user, which would clear it.
+            check(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) })?;
+        }
         Ok(())
     }
 }
@@ -132,6 +168,18 @@ mod tests {
     use std::io::Write;
 
     use super::*;
+
+    #[test]
+    fn the_child_is_another_user_with_that_users_groups() {
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", "id -u; id -g; id -G"]);
+        Placement::new()
+            .user(12345, 23456, vec![7, 8])
+            .dies_with_parent()
+            .apply(&mut command);
+        let output = String::from_utf8(command.output().unwrap().stdout).unwrap();
+        assert_eq!(output, "12345\n23456\n23456 7 8\n");
+    }
 
     #[test]
     fn the_child_starts_in_the_namespace_with_its_descriptors() {

@@ -1,3 +1,25 @@
-//! The node agent: workload registry, policy compilation into the kernel, DNS, agent API.
+//! The node agent: what `heddle node` runs, one process per node.
+//!
+//! It receives the mesh's state over xDS ([`state`]), its node's workloads over the enrolment socket
+//! ([`agent`]), and puts both into the kernel ([`dataplane`], [`policy`]); it answers names inside every
+//! workload ([`dns`]), reads flow records ([`flows`]) and serves operators ([`http`], [`explain`]).
+//!
+//! It starts no workloads: that is crate `runtime`, or a kubelet. It can die at any time: what it decided
+//! stays in force in the kernel, and its successor takes over.
 
+mod agent;
+mod alias;
+mod dataplane;
 pub mod dns;
+mod error;
+mod explain;
+mod flows;
+mod http;
+mod ids;
+mod local_dns;
+mod names;
+mod policy;
+mod state;
+
+pub use agent::run;
+pub use error::NodeError;

@@ -1,0 +1,445 @@
+//! The agent's one loop: everything that changes (workloads, the mesh's state, an operator's question) comes
+//! through here in order, so nothing needs a lock.
+//!
+//! Nothing reaches the kernel before the control plane's whole state is here: a half-known set of policies would
+//! allow what it should not. Until then an earlier agent's programs and tables stay in force.
+
+use std::{
+    collections::HashSet, fs, os::fd::OwnedFd, os::unix::fs::MetadataExt, sync::Arc, time::Duration,
+};
+
+use api::{
+    enroll::{EnrolledWorkload, FromAgent, ToAgent},
+    node_config::NodeConfig,
+    report::{Explanation, MapStatus, NodeStatus, ProgramStatus, ReasonCount},
+};
+use kernel::{Kernel, KernelConfig, MapSizes, Reason};
+use linux::{netns::Netns, seqpacket::Stream};
+use telemetry::{Registry, tcp::TcpMetrics};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::{mpsc, oneshot, watch},
+};
+use xds::{
+    client::{Client, ClientConfig, ConnectionState, Update},
+    proto::{ADDRESS_TYPE, AUTHORIZATION_TYPE},
+};
+
+use crate::{
+    NodeError,
+    dataplane::DataPlane,
+    explain::{self, Question},
+    flows::{self, FlowLog},
+    http,
+    ids::Ids,
+    local_dns::LocalDns,
+    names::NameBook,
+    state::{Changes, MeshState},
+};
+
+/// Series per metric: more workload pairs than one node's traffic has.
+const MAX_SERIES: usize = 10_000;
+/// Messages from the starter that may wait for the loop.
+const ENROLL_QUEUE: usize = 64;
+/// Operators' questions that may wait for the loop.
+const COMMAND_QUEUE: usize = 32;
+/// How long the starter's greeting may take.
+const GREETING: Duration = Duration::from_secs(10);
+
+/// A question from an operator.
+#[derive(Debug)]
+pub(crate) enum Command {
+    Status(oneshot::Sender<NodeStatus>),
+    Explain(Question, oneshot::Sender<Result<Explanation, String>>),
+}
+
+/// Runs a node agent until it is told to stop or its starter is gone. What it put into the kernel stays.
+///
+/// # Errors
+/// Whatever keeps the agent from working at all; what concerns one workload is reported for that workload.
+pub async fn run(config: NodeConfig) -> Result<(), NodeError> {
+    let registry = Registry::new();
+    let metrics = TcpMetrics::register(&registry, MAX_SERIES)?;
+    let names = Arc::new(NameBook::default());
+    let log = FlowLog::new();
+
+    fs::create_dir_all(&config.state_dir).map_err(NodeError::io(format!(
+        "make {}",
+        config.state_dir.display()
+    )))?;
+    let ids = Ids::open(&config.state_dir.join("ids.json"))?;
+    let (kernel, reader) = Kernel::open(KernelConfig {
+        pin_dir: config.pin_dir.clone(),
+        cgroup: config.cgroup.clone(),
+        sizes: MapSizes::default(),
+    })?;
+    let (mesh, node) = (config.mesh.clone(), config.node.clone());
+    let mut dataplane = DataPlane::new(kernel, ids, mesh, node.clone(), Arc::clone(&names));
+    let own_cgroup = config.cgroup.join("agent");
+    let own = fs::metadata(&own_cgroup).map_err(NodeError::io(format!(
+        "look at cgroup {}",
+        own_cgroup.display()
+    )))?;
+    dataplane.admit_agent(own.ino())?;
+    if !dataplane.kernel.has_predecessor() {
+        dataplane.kernel.attach()?;
+    }
+
+    let (starter, outside) = greet(&config).await?;
+    let dns = LocalDns::start(&config.mesh, &config.dns_upstream, outside, &registry)?;
+    let (client, updates) = Client::start(ClientConfig {
+        socket: config.xds_socket.clone(),
+        node: node.clone(),
+        node_id: format!(
+            "heddle~{node}~{node}.heddle-system~heddle-system.svc.{}",
+            config.mesh.cluster_domain
+        ),
+        types: vec![ADDRESS_TYPE.into(), AUTHORIZATION_TYPE.into()],
+    });
+    let (command_sender, commands) = mpsc::channel(COMMAND_QUEUE);
+    let mut server = tokio::spawn(http::serve(
+        config.api_socket.clone(),
+        command_sender,
+        Arc::clone(&log),
+        registry.clone(),
+    ));
+    let mut flow_reader = tokio::spawn(flows::read(reader, log, names, metrics.clone(), node));
+
+    let agent = Agent {
+        connection: client.state(),
+        config,
+        dataplane,
+        dns,
+        starter: Arc::new(starter),
+        metrics,
+        state: MeshState::default(),
+        pending: Changes::default(),
+        seen: HashSet::new(),
+        snapshot_done: false,
+        settled: false,
+        announced: HashSet::new(),
+        _client: client,
+    };
+    let mut terminate =
+        signal(SignalKind::terminate()).map_err(NodeError::io("listen for SIGTERM"))?;
+    tokio::select! {
+        outcome = agent.work(updates, commands) => outcome,
+        outcome = &mut server => outcome.unwrap_or_else(|error| Err(NodeError::Protocol(error.to_string()))),
+        outcome = &mut flow_reader => outcome.unwrap_or_else(|error| Err(NodeError::Protocol(error.to_string()))),
+        _ = terminate.recv() => Ok(()),
+    }
+}
+
+/// Connects to who starts workloads. Returns the namespace from which the machine's resolver is reachable.
+async fn greet(config: &NodeConfig) -> Result<(Stream, Netns), NodeError> {
+    let stream = Stream::connect(&config.enroll_socket).await?;
+    let hello = FromAgent::Hello {
+        node: config.node.clone(),
+    };
+    stream.send(&hello, &[]).await?;
+    let answer = tokio::time::timeout(GREETING, stream.recv::<ToAgent>())
+        .await
+        .map_err(|_| NodeError::Protocol("no greeting came within 10 s".into()))??;
+    match answer {
+        Some((ToAgent::Hello { node }, mut fds)) if node == config.node && fds.len() == 1 => {
+            Ok((stream, Netns::from_fd(fds.remove(0))))
+        }
+        Some((other, fds)) => Err(NodeError::Protocol(format!(
+            "expected a greeting for {} with one descriptor, got {other:?} with {}",
+            config.node,
+            fds.len()
+        ))),
+        None => Err(NodeError::Protocol(
+            "the starter closed the connection".into(),
+        )),
+    }
+}
+
+struct Agent {
+    config: NodeConfig,
+    dataplane: DataPlane,
+    dns: LocalDns,
+    starter: Arc<Stream>,
+    metrics: TcpMetrics,
+    state: MeshState,
+    /// Changes that are not in the kernel yet.
+    pending: Changes,
+    /// Types received at least once.
+    seen: HashSet<String>,
+    snapshot_done: bool,
+    /// Everything was known once, and what an earlier agent left was cleaned up.
+    settled: bool,
+    /// Workloads whose starter was told that they may start.
+    announced: HashSet<String>,
+    connection: watch::Receiver<ConnectionState>,
+    _client: Client,
+}
+
+impl Agent {
+    async fn work(
+        mut self,
+        mut updates: mpsc::Receiver<Update>,
+        mut commands: mpsc::Receiver<Command>,
+    ) -> Result<(), NodeError> {
+        let mut enrolments = receive(Arc::clone(&self.starter));
+        let mut connection = self.connection.clone();
+        loop {
+            tokio::select! {
+                message = enrolments.recv() => match message {
+                    Some(Ok((message, fds))) => self.enrolment(message, fds).await?,
+                    Some(Err(error)) => return Err(error),
+                    None => return Ok(()),
+                },
+                Some(update) = updates.recv() => self.update(update).await?,
+                Some(command) = commands.recv() => self.answer(command),
+                // An empty type is known by this alone.
+                Ok(()) = connection.changed() => self.settle().await?,
+            }
+        }
+    }
+
+    async fn enrolment(
+        &mut self,
+        message: ToAgent,
+        mut fds: Vec<OwnedFd>,
+    ) -> Result<(), NodeError> {
+        match (message, fds.pop()) {
+            (ToAgent::StoredFd { name }, Some(fd)) => self.dns.restore(name, fd),
+            (ToAgent::WorkloadAdded(workload), Some(fd)) => {
+                let uid = workload.uid.clone();
+                if let Err(error) = self.enroll(workload, Netns::from_fd(fd)).await {
+                    self.dataplane.problem(format!("{uid}: {error}"));
+                    let error = error.to_string();
+                    self.starter
+                        .send(&FromAgent::WorkloadRefused { uid, error }, &[])
+                        .await?;
+                }
+                self.settle().await?;
+            }
+            (ToAgent::WorkloadRemoved { uid }, _) => {
+                self.announced.remove(&uid);
+                let enrolled = self
+                    .dataplane
+                    .local(&uid)
+                    .map(|local| local.enrolled.clone());
+                self.dataplane.retire(&uid)?;
+                self.dns.stop(&uid, &self.starter).await?;
+                if let Some(gone) = enrolled {
+                    let is_last = !self.dataplane.locals().any(|local| {
+                        local.enrolled.workload == gone.workload
+                            && local.enrolled.namespace == gone.namespace
+                    });
+                    if is_last {
+                        self.metrics.evict_workload(&gone.namespace, &gone.workload);
+                    }
+                    self.touch(&uid);
+                    self.settle().await?;
+                }
+            }
+            (ToAgent::SnapshotDone, _) => {
+                self.snapshot_done = true;
+                self.settle().await?;
+            }
+            (other, _) => {
+                return Err(NodeError::Protocol(format!(
+                    "unexpected or incomplete message {other:?}"
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    async fn enroll(&mut self, workload: EnrolledWorkload, netns: Netns) -> Result<(), NodeError> {
+        let cookie = netns.cookie().map_err(NodeError::io(format!(
+            "enter the namespace of {}",
+            workload.uid
+        )))?;
+        self.announced.remove(&workload.uid);
+        self.touch(&workload.uid);
+        self.dns.serve(&workload, &netns, &self.starter).await?;
+        self.dataplane.enroll(workload, cookie)
+    }
+
+    /// Marks a workload for compilation because it came to this node or left it.
+    fn touch(&mut self, uid: &str) {
+        self.pending.policies = true;
+        if let Some(name) = self.state.resource_of(uid) {
+            self.pending.workloads.insert(name.to_owned());
+        }
+    }
+
+    async fn update(&mut self, update: Update) -> Result<(), NodeError> {
+        let outcome = self.state.apply(&update, &mut self.pending);
+        self.seen.insert(update.type_url);
+        let problems = self.dataplane.problems.len();
+        self.settle().await?;
+        match outcome {
+            Err(message) => {
+                self.dataplane.problem(message.clone());
+                update.answer.reject(message);
+            }
+            Ok(()) if self.dataplane.problems.len() > problems => {
+                let newest = self.dataplane.problems.back().cloned();
+                update.answer.reject(newest.unwrap_or_default());
+            }
+            Ok(()) => update.answer.accept(),
+        }
+        Ok(())
+    }
+
+    /// Puts pending changes into effect, if all is known, and lets workloads start whose rules are in place.
+    async fn settle(&mut self) -> Result<(), NodeError> {
+        let known = self.seen.len() == 2 || self.connection.borrow().synced;
+        if !known || !self.snapshot_done {
+            return Ok(());
+        }
+        let changes = std::mem::take(&mut self.pending);
+        self.dataplane.apply(&self.state, &changes);
+        self.dns.update(&self.state, &changes);
+        if !self.settled {
+            self.dataplane.reconcile()?;
+            self.dns.forget_unclaimed(&self.starter).await?;
+            self.dataplane.kernel.attach()?;
+            self.settled = true;
+            tracing::info!(
+                workloads = self.state.workloads.len(),
+                services = self.state.services.len(),
+                policies = self.state.policies.len(),
+                "policy is in the kernel"
+            );
+        }
+        let ready: Vec<String> = self
+            .dataplane
+            .locals()
+            .map(|local| &local.enrolled.uid)
+            .filter(|uid| !self.announced.contains(*uid))
+            .filter(|uid| self.state.pod(uid).is_some() && self.dataplane.has_rules(uid))
+            .cloned()
+            .collect();
+        for uid in ready {
+            self.announced.insert(uid.clone());
+            self.starter
+                .send(&FromAgent::WorkloadReady { uid }, &[])
+                .await?;
+        }
+        Ok(())
+    }
+
+    fn answer(&self, command: Command) {
+        // Who asked may have gone away.
+        match command {
+            Command::Status(reply) => drop(reply.send(self.status())),
+            Command::Explain(question, reply) => {
+                drop(reply.send(explain::explain(
+                    &self.state,
+                    &self.dataplane,
+                    &self.config,
+                    &question,
+                )));
+            }
+        }
+    }
+
+    fn status(&self) -> NodeStatus {
+        let connection = self.connection.borrow().clone();
+        let counts = self.dataplane.kernel.reason_counts().unwrap_or_default();
+        let lost = counts
+            .iter()
+            .find(|(reason, _)| *reason == Reason::EventLost);
+        let mut problems: Vec<String> = self.dataplane.problems.iter().cloned().collect();
+        problems.extend(
+            connection
+                .last_error
+                .map(|error| format!("control plane: {error}")),
+        );
+        let mut enrolled: Vec<String> = self
+            .dataplane
+            .locals()
+            .map(|local| local.enrolled.uid.clone())
+            .collect();
+        enrolled.sort();
+        NodeStatus {
+            node: self.config.node.clone(),
+            pid: std::process::id(),
+            synced: self.settled,
+            connected: connection.connected,
+            version: env!("CARGO_PKG_VERSION").into(),
+            enrolled,
+            programs: self
+                .dataplane
+                .kernel
+                .attached()
+                .iter()
+                .map(|attached| ProgramStatus {
+                    program: attached.program.clone(),
+                    target: attached.target.clone(),
+                })
+                .collect(),
+            maps: self.maps(),
+            flows_lost: lost.map_or(0, |(_, count)| *count),
+            reasons: counts
+                .into_iter()
+                .filter(|(_, count)| *count > 0)
+                .map(|(reason, count)| ReasonCount {
+                    reason: reason.name().into(),
+                    text: reason.text().into(),
+                    count,
+                })
+                .collect(),
+            problems,
+        }
+    }
+
+    fn maps(&self) -> Vec<MapStatus> {
+        let tables = &self.dataplane.kernel.tables;
+        let of = |map: &str, entries, capacity| MapStatus {
+            map: map.into(),
+            entries,
+            capacity,
+        };
+        vec![
+            of(
+                "workloads",
+                tables.workloads.len(),
+                tables.workloads.capacity(),
+            ),
+            of(
+                "addresses",
+                tables.addresses.len(),
+                tables.addresses.capacity(),
+            ),
+            of(
+                "services",
+                tables.services.len(),
+                tables.services.capacity(),
+            ),
+            of(
+                "endpoints",
+                tables.endpoints.len(),
+                tables.endpoints.capacity(),
+            ),
+            of("slots", tables.slots.len(), tables.slots.capacity()),
+            of(
+                "verdicts",
+                tables.verdicts.len(),
+                tables.verdicts.capacity(),
+            ),
+        ]
+    }
+}
+
+type Enrolment = Result<(ToAgent, Vec<OwnedFd>), NodeError>;
+
+/// Messages from the starter, until it is gone.
+fn receive(starter: Arc<Stream>) -> mpsc::Receiver<Enrolment> {
+    let (sender, receiver) = mpsc::channel(ENROLL_QUEUE);
+    tokio::spawn(async move {
+        while let Some(message) = starter.recv().await.transpose() {
+            let broken = message.is_err();
+            if sender.send(message.map_err(NodeError::from)).await.is_err() || broken {
+                break;
+            }
+        }
+    });
+    receiver
+}

@@ -1,0 +1,359 @@
+//! Puts the mesh's state and this node's workloads into the kernel's tables.
+//!
+//! Leaves before roots: what a number refers to is written before the number is shown, and removed after it was
+//! taken away; so every connection sees the old rules or the new ones, never a mixture. What finds no room is
+//! left out, which the kernel answers with a refusal, and is named in [`DataPlane::problems`].
+//!
+//! - [`services`]: service address → weighted table of endpoints
+//! - [`rules`]: identities × policy sets → verdicts
+//! - [`addresses`]: address → workload
+
+mod addresses;
+mod rules;
+mod services;
+
+use std::{
+    collections::{HashMap, VecDeque},
+    net::IpAddr,
+    os::unix::fs::MetadataExt,
+    sync::Arc,
+};
+
+use api::{enroll::EnrolledWorkload, mesh::MeshConfig};
+use kernel::{CaptureKey, CaptureKind, CgroupEntry, DeviceEntry, Kernel, SocketClass, Tables};
+
+pub(crate) use self::services::{SharedEndpoint, endpoints};
+use crate::{
+    NodeError,
+    dns::DNS_PORT,
+    ids::Ids,
+    names::{NameBook, WorkloadNames},
+    state::{Changes, MeshState},
+};
+
+/// Problems kept for `heddle status`.
+const MAX_PROBLEMS: usize = 64;
+
+/// The kernel's tables and what is in them.
+pub(crate) struct DataPlane {
+    pub(crate) kernel: Kernel,
+    pub(crate) problems: VecDeque<String>,
+    pub(crate) names: Arc<NameBook>,
+    rules: rules::Rules,
+    services: services::Services,
+    mesh: MeshConfig,
+    node: String,
+    ids: Ids,
+    locals: HashMap<String, Local>,
+    addresses: addresses::Addresses,
+}
+
+/// A workload of this node, with its kernel-side names.
+#[derive(Debug)]
+pub(crate) struct Local {
+    pub(crate) id: u32,
+    pub(crate) netns: u64,
+    pub(crate) enrolled: EnrolledWorkload,
+    app_cgroup: u64,
+    proxy_cgroup: u64,
+}
+
+impl Local {
+    /// The workload's address of a family (0: IPv4, 1: IPv6).
+    fn address(&self, family: usize) -> Option<IpAddr> {
+        self.enrolled
+            .addresses
+            .iter()
+            .copied()
+            .find(|address| usize::from(address.is_ipv6()) == family)
+    }
+}
+
+impl DataPlane {
+    pub(crate) fn new(
+        kernel: Kernel,
+        ids: Ids,
+        mesh: MeshConfig,
+        node: String,
+        names: Arc<NameBook>,
+    ) -> Self {
+        let services = services::Services::recover(&kernel.tables);
+        let addresses = addresses::Addresses::recover(&kernel.tables);
+        Self {
+            kernel,
+            problems: VecDeque::new(),
+            names,
+            rules: rules::Rules::default(),
+            services,
+            mesh,
+            node,
+            ids,
+            locals: HashMap::new(),
+            addresses,
+        }
+    }
+
+    /// Marks the agent's own cgroup: its sockets are not captured.
+    pub(crate) fn admit_agent(&mut self, cgroup: u64) -> Result<(), NodeError> {
+        let entry = CgroupEntry {
+            workload: 0,
+            socket_class: SocketClass::Agent as u32,
+        };
+        self.kernel.tables.cgroups.set(cgroup, entry)?;
+        Ok(())
+    }
+
+    /// Registers a workload of this node. Its rules follow with [`DataPlane::apply`].
+    pub(crate) fn enroll(
+        &mut self,
+        enrolled: EnrolledWorkload,
+        netns: u64,
+    ) -> Result<(), NodeError> {
+        let id = self
+            .ids
+            .named(&format!("workload:{}/{}", enrolled.uid, enrolled.instance))?;
+        self.ids.save()?;
+        let local = Local {
+            id,
+            netns,
+            app_cgroup: cgroup_id(&enrolled, "app")?,
+            proxy_cgroup: cgroup_id(&enrolled, "proxy")?,
+            enrolled,
+        };
+        self.names.set_workload(id, self.names_of(&local));
+        self.write_local(&local)?;
+        if let Some(old) = self.locals.insert(local.enrolled.uid.clone(), local)
+            && old.id != id
+        {
+            self.clear_local(&old)?;
+        }
+        Ok(())
+    }
+
+    /// Forgets a workload of this node: its sockets, if any are left, are nobody's.
+    pub(crate) fn retire(&mut self, uid: &str) -> Result<(), NodeError> {
+        if let Some(local) = self.locals.remove(uid) {
+            self.clear_local(&local)?;
+        }
+        Ok(())
+    }
+
+    /// Brings the tables up to date with what changed. Failures are kept as problems; the rest is applied.
+    pub(crate) fn apply(&mut self, state: &MeshState, changes: &Changes) {
+        let tables = &mut self.kernel.tables;
+        let mut failures = Vec::new();
+        let local_changed = changes.workloads.iter().any(|name| {
+            state
+                .workloads
+                .get(name)
+                .is_none_or(|workload| self.locals.contains_key(&workload.pod()))
+        });
+        if changes.policies || local_changed {
+            self.rules.apply(
+                tables,
+                &mut self.ids,
+                state,
+                &self.locals,
+                &self.names,
+                &mut failures,
+            );
+        }
+        for name in &changes.workloads {
+            let outcome = self.addresses.apply(
+                tables,
+                &mut self.ids,
+                state,
+                &self.locals,
+                &self.node,
+                name,
+                &self.names,
+                &self.mesh,
+            );
+            failures.extend(outcome.err());
+        }
+        for name in &changes.services {
+            let outcome =
+                self.services
+                    .apply(tables, &mut self.ids, state, &self.node, name, &self.names);
+            failures.extend(outcome.err());
+        }
+        for failure in failures {
+            self.problem(failure.to_string());
+        }
+    }
+
+    /// After a restart, once everything is known again: removes what belongs to nothing any more.
+    pub(crate) fn reconcile(&mut self) -> Result<(), NodeError> {
+        let tables = &mut self.kernel.tables;
+        let locals: HashMap<u32, &Local> = self
+            .locals
+            .values()
+            .map(|local| (local.id, local))
+            .collect();
+        let cgroups: Vec<u64> = self
+            .locals
+            .values()
+            .flat_map(|local| [local.app_cgroup, local.proxy_cgroup])
+            .collect();
+        let agent = SocketClass::Agent as u32;
+        let agents: Vec<u64> = tables
+            .cgroups
+            .iter()
+            .filter(|(_, entry)| entry.socket_class == agent)
+            .map(|(id, _)| *id)
+            .collect();
+        tables
+            .cgroups
+            .retain(|id| cgroups.contains(id) || agents.contains(id))?;
+        tables.workloads.retain(|id| locals.contains_key(id))?;
+        tables
+            .capture
+            .retain(|key| locals.contains_key(&key.workload))?;
+        let devices: Vec<u32> = self
+            .locals
+            .values()
+            .map(|local| local.enrolled.host_ifindex)
+            .collect();
+        tables.devices.retain(|index| devices.contains(index))?;
+        self.addresses.reconcile(tables)?;
+        self.services.reconcile(tables)?;
+        self.rules.reconcile(tables)?;
+        self.ids
+            .forget_unused("workload", &locals.keys().copied().collect());
+        self.ids.save()?;
+        Ok(())
+    }
+
+    /// Notes a problem for `heddle status`.
+    pub(crate) fn problem(&mut self, text: String) {
+        tracing::error!(problem = %text, "not in effect");
+        if self.problems.back() != Some(&text) {
+            self.problems.push_back(text);
+        }
+        if self.problems.len() > MAX_PROBLEMS {
+            self.problems.pop_front();
+        }
+    }
+
+    pub(crate) fn local(&self, uid: &str) -> Option<&Local> {
+        self.locals.get(uid)
+    }
+
+    pub(crate) fn locals(&self) -> impl Iterator<Item = &Local> {
+        self.locals.values()
+    }
+
+    /// Whether rules for the workload are in the kernel.
+    pub(crate) fn has_rules(&self, uid: &str) -> bool {
+        self.locals
+            .get(uid)
+            .is_some_and(|local| self.kernel.tables.workloads.get(&local.id).is_some())
+    }
+
+    fn names_of(&self, local: &Local) -> WorkloadNames {
+        let enrolled = &local.enrolled;
+        WorkloadNames {
+            namespace: enrolled.namespace.clone(),
+            workload: enrolled.workload.clone(),
+            pod: enrolled.name.clone(),
+            identity: self
+                .mesh
+                .spiffe_id(&enrolled.namespace, &enrolled.service_account),
+        }
+    }
+
+    fn write_local(&mut self, local: &Local) -> Result<(), NodeError> {
+        let enrolled = &local.enrolled;
+        let tables = &mut self.kernel.tables;
+        let device = DeviceEntry {
+            v4: local.address(0).map(Into::into).unwrap_or_default(),
+            v6: local.address(1).map(Into::into).unwrap_or_default(),
+            mac: enrolled.mac,
+            padding: 0,
+        };
+        tables.devices.set(enrolled.host_ifindex, device)?;
+        tables
+            .capture
+            .set(dns_capture(local.id), u32::from(DNS_PORT))?;
+        self.kernel.attach_device(enrolled.host_ifindex)?;
+        for (cgroup, class) in [
+            (local.app_cgroup, SocketClass::App),
+            (local.proxy_cgroup, SocketClass::L7),
+        ] {
+            let entry = CgroupEntry {
+                workload: local.id,
+                socket_class: class as u32,
+            };
+            self.kernel.tables.cgroups.set(cgroup, entry)?;
+        }
+        Ok(())
+    }
+
+    fn clear_local(&mut self, local: &Local) -> Result<(), NodeError> {
+        let Tables {
+            cgroups,
+            workloads,
+            capture,
+            devices,
+            ..
+        } = &mut self.kernel.tables;
+        let is_current = |cgroup: u64| {
+            self.locals
+                .values()
+                .any(|other| other.app_cgroup == cgroup || other.proxy_cgroup == cgroup)
+        };
+        for cgroup in [local.app_cgroup, local.proxy_cgroup] {
+            if !is_current(cgroup) {
+                cgroups.remove(&cgroup)?;
+            }
+        }
+        workloads.remove(&local.id)?;
+        capture.remove(&dns_capture(local.id))?;
+        let device = local.enrolled.host_ifindex;
+        if !self
+            .locals
+            .values()
+            .any(|other| other.enrolled.host_ifindex == device)
+        {
+            devices.remove(&device)?;
+            self.kernel.detach_device(device)?;
+        }
+        self.names.retire_workload(local.id);
+        Ok(())
+    }
+}
+
+fn dns_capture(workload: u32) -> CaptureKey {
+    CaptureKey {
+        workload,
+        kind: CaptureKind::Dns as u32,
+    }
+}
+
+fn cgroup_id(enrolled: &EnrolledWorkload, child: &str) -> Result<u64, NodeError> {
+    let path = enrolled.cgroup.join(child);
+    match std::fs::metadata(&path) {
+        Ok(metadata) => Ok(metadata.ino()),
+        Err(source) => Err(NodeError::Io {
+            action: format!("look at cgroup {}", path.display()),
+            source,
+        }),
+    }
+}
+
+/// A failure to put one thing into the tables.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}: {source}")]
+struct ApplyError {
+    what: String,
+    source: Box<dyn std::error::Error + Send + Sync>,
+}
+
+impl ApplyError {
+    fn at<E: std::error::Error + Send + Sync + 'static>(what: &str) -> impl FnOnce(E) -> Self + '_ {
+        move |source| Self {
+            what: what.to_owned(),
+            source: Box::new(source),
+        }
+    }
+}

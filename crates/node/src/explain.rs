@@ -1,0 +1,278 @@
+//! `heddle explain`: what the kernel would do with a connection, from the same tables that it reads.
+
+use std::net::IpAddr;
+
+use api::{
+    node_config::NodeConfig,
+    report::{ExplainedEndpoint, Explanation, FlowEnd, Verdict},
+};
+use kernel::{Action, Reason, SocketClass, VerdictEntry, VerdictKey};
+
+use crate::{
+    dataplane::{DataPlane, SharedEndpoint, endpoints},
+    state::{MeshState, Workload},
+};
+
+const TCP: u8 = 6;
+
+/// Who wants to go where.
+#[derive(Debug, Clone)]
+pub(crate) struct Question {
+    /// `NAMESPACE/POD`, of this node.
+    pub(crate) source: String,
+    pub(crate) host: String,
+    pub(crate) port: u16,
+}
+
+/// Answers for a TCP connection.
+pub(crate) fn explain(
+    state: &MeshState,
+    dataplane: &DataPlane,
+    config: &NodeConfig,
+    question: &Question,
+) -> Result<Explanation, String> {
+    let source = state
+        .pod(&question.source)
+        .ok_or_else(|| format!("{} is no workload of this mesh", question.source))?;
+    if dataplane.local(&question.source).is_none() {
+        return Err(format!(
+            "{} does not run on node {}",
+            question.source, config.node
+        ));
+    }
+    let target = resolve(state, config, &source.message.namespace, &question.host)?;
+    let mut answer = Explanation {
+        source: end(source, config, None, 0),
+        asked: format!("{}:{}", question.host, question.port),
+        service: None,
+        path: "refused".into(),
+        verdict: Verdict::Denied,
+        reason: String::new(),
+        text: String::new(),
+        outcome: String::new(),
+        endpoints: Vec::new(),
+    };
+    let outcome = match target {
+        Target::Service(name) => {
+            let service = &state.services[&name].message;
+            answer.service = Some(format!("{}/{}", service.namespace, service.name));
+            if service
+                .ports
+                .iter()
+                .any(|port| port.service_port == u32::from(question.port))
+            {
+                let candidates = service_endpoints(state, config, &name, question.port);
+                judge_all(
+                    state,
+                    dataplane,
+                    config,
+                    source,
+                    candidates,
+                    &mut answer.endpoints,
+                )
+            } else {
+                Reason::NoSuchPort
+            }
+        }
+        Target::Address(address) => match state.owner(address) {
+            Some(owner) => {
+                let only = SharedEndpoint {
+                    pod: owner.pod(),
+                    address,
+                    port: question.port,
+                    weight: 1,
+                };
+                judge_all(
+                    state,
+                    dataplane,
+                    config,
+                    source,
+                    vec![only],
+                    &mut answer.endpoints,
+                )
+            }
+            None => Reason::NoEgress,
+        },
+    };
+    let allowed = answer
+        .endpoints
+        .iter()
+        .any(|endpoint| endpoint.verdict == Verdict::Allowed);
+    if allowed {
+        answer.path = "direct".into();
+        answer.verdict = Verdict::Allowed;
+    }
+    answer.reason = outcome.name().into();
+    answer.text = outcome.text().into();
+    answer.outcome = match outcome {
+        _ if allowed => "connected",
+        Reason::NoEgress => "ENETUNREACH",
+        Reason::NoIdentity | Reason::NoCaptureTarget => "EACCES",
+        _ => "ECONNREFUSED",
+    }
+    .into();
+    Ok(answer)
+}
+
+enum Target {
+    /// Resource name of a service.
+    Service(String),
+    Address(IpAddr),
+}
+
+/// The name as the workload's own resolver would read it.
+fn resolve(
+    state: &MeshState,
+    config: &NodeConfig,
+    namespace: &str,
+    host: &str,
+) -> Result<Target, String> {
+    if let Ok(address) = host.parse::<IpAddr>() {
+        return Ok(match state.service_at(address) {
+            Some(service) => Target::Service(format!(
+                "{}/{}",
+                service.message.namespace, service.message.hostname
+            )),
+            None => Target::Address(address),
+        });
+    }
+    let domain = &config.mesh.cluster_domain;
+    let host = host.trim_end_matches('.').to_lowercase();
+    let short = host.strip_suffix(&format!(".{domain}")).unwrap_or(&host);
+    let short = short.strip_suffix(".svc").unwrap_or(short);
+    let (name, of) = short.split_once('.').unwrap_or((short, namespace));
+    let resource = format!("{of}/{name}.{of}.svc.{domain}");
+    if state.services.contains_key(&resource) {
+        return Ok(Target::Service(resource));
+    }
+    // A replica's own name, or one below a headless service.
+    let pod = format!("{}/{name}", of.rsplit('.').next().unwrap_or(of));
+    match state
+        .pod(&pod)
+        .and_then(|workload| workload.addresses.first().copied())
+    {
+        Some(address) => Ok(Target::Address(address)),
+        None => Err(format!(
+            "{host} is neither a service nor a replica of this mesh (looked for {resource} and {pod})"
+        )),
+    }
+}
+
+fn service_endpoints(
+    state: &MeshState,
+    config: &NodeConfig,
+    name: &str,
+    port: u16,
+) -> Vec<SharedEndpoint> {
+    let v4 = endpoints(state, &config.node, name, port, false);
+    if v4.is_empty() {
+        endpoints(state, &config.node, name, port, true)
+    } else {
+        v4
+    }
+}
+
+/// Fills in every endpoint and returns the reason that sums them up.
+fn judge_all(
+    state: &MeshState,
+    dataplane: &DataPlane,
+    config: &NodeConfig,
+    source: &Workload,
+    candidates: Vec<SharedEndpoint>,
+    explained: &mut Vec<ExplainedEndpoint>,
+) -> Reason {
+    let total: u32 = candidates.iter().map(|candidate| candidate.weight).sum();
+    let mut summary = Reason::NoEndpoint;
+    let mut any_allowed = false;
+    for candidate in candidates {
+        let Some(workload) = state.pod(&candidate.pod) else {
+            continue;
+        };
+        let (allowed, reason, policy) = verdict(dataplane, source, workload, &candidate);
+        if allowed || !any_allowed {
+            summary = reason;
+        }
+        any_allowed |= allowed;
+        explained.push(ExplainedEndpoint {
+            destination: end(workload, config, Some(candidate.address), candidate.port),
+            node: workload.message.node.clone(),
+            share: candidate.weight * 1000 / total.max(1),
+            verdict: if allowed {
+                Verdict::Allowed
+            } else {
+                Verdict::Denied
+            },
+            reason: reason.name().into(),
+            policy,
+            policies: state
+                .policies_of(workload)
+                .into_iter()
+                .map(|(name, _)| name.clone())
+                .collect(),
+        });
+    }
+    summary
+}
+
+/// Reads the verdict from the kernel's own table.
+fn verdict(
+    dataplane: &DataPlane,
+    source: &Workload,
+    destination: &Workload,
+    endpoint: &SharedEndpoint,
+) -> (bool, Reason, Option<String>) {
+    let tables = &dataplane.kernel.tables;
+    let (Some(from), Some(to)) = (
+        dataplane.local(&source.pod()),
+        dataplane.local(&destination.pod()),
+    ) else {
+        return (false, Reason::NoTunnel, None);
+    };
+    if from.id == to.id {
+        return (true, Reason::None, None);
+    }
+    let (Some(from), Some(to)) = (
+        tables.workloads.read(&from.id),
+        tables.workloads.read(&to.id),
+    ) else {
+        return (false, Reason::NoVerdict, None);
+    };
+    let family = usize::from(endpoint.address.is_ipv6());
+    let find = |port| {
+        tables.verdicts.read(&VerdictKey {
+            source: from.source[family],
+            policy_set: to.policy_set[family],
+            port,
+            socket_class: SocketClass::App as u8,
+            protocol: TCP,
+        })
+    };
+    let Some(VerdictEntry {
+        policy,
+        reason,
+        action,
+        ..
+    }) = find(endpoint.port).or_else(|| find(0))
+    else {
+        return (false, Reason::NoVerdict, None);
+    };
+    let reason = Reason::from_number(reason).unwrap_or(Reason::NoVerdict);
+    (
+        action == Action::Direct as u8,
+        reason,
+        dataplane.names.policy(policy),
+    )
+}
+
+fn end(workload: &Workload, config: &NodeConfig, address: Option<IpAddr>, port: u16) -> FlowEnd {
+    FlowEnd {
+        namespace: workload.message.namespace.clone(),
+        workload: workload.message.workload_name.clone(),
+        pod: workload.message.name.clone(),
+        identity: config
+            .mesh
+            .spiffe_id(&workload.message.namespace, workload.service_account()),
+        address: address.or_else(|| workload.addresses.first().copied()),
+        port,
+    }
+}

@@ -1,0 +1,256 @@
+//! Flow records: out of the kernel's ring buffer, with names put to the numbers, into a bounded history, to
+//! followers, and into metrics.
+
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use api::report::{FlowEnd, FlowEventKind, FlowRecord, Verdict};
+use kernel::{FlowEvent, FlowKind, FlowReader, Reason};
+use linux::readable::Readable;
+use telemetry::tcp::{DeniedLabels, Reporter, SecurityPolicy, TcpLabels, TcpMetrics};
+use tokio::sync::broadcast;
+
+use crate::{NodeError, names::NameBook};
+
+/// Records kept per node. The oldest make room.
+const HISTORY: usize = 65_536;
+/// Records a follower may be behind before it misses some.
+const FOLLOW_QUEUE: usize = 8192;
+/// How often the ring buffer is read when the kernel sees no reason to wake us.
+const LOOK: Duration = Duration::from_millis(100);
+/// Records handled before other tasks get their turn.
+const BATCH: usize = 1024;
+
+/// The node's flow records.
+#[derive(Debug)]
+pub(crate) struct FlowLog {
+    history: Mutex<VecDeque<Arc<FlowRecord>>>,
+    live: broadcast::Sender<Arc<FlowRecord>>,
+    sequence: AtomicU64,
+}
+
+impl FlowLog {
+    pub(crate) fn new() -> Arc<Self> {
+        Arc::new(Self {
+            history: Mutex::new(VecDeque::new()),
+            live: broadcast::channel(FOLLOW_QUEUE).0,
+            sequence: AtomicU64::new(0),
+        })
+    }
+
+    /// The records after a sequence number, and those to come.
+    pub(crate) fn since(
+        &self,
+        sequence: u64,
+    ) -> (Vec<Arc<FlowRecord>>, broadcast::Receiver<Arc<FlowRecord>>) {
+        let history = self.history.lock().unwrap_or_else(PoisonError::into_inner);
+        let old = history
+            .iter()
+            .filter(|record| record.sequence > sequence)
+            .cloned()
+            .collect();
+        (old, self.live.subscribe())
+    }
+
+    fn push(&self, mut record: FlowRecord) {
+        record.sequence = self.sequence.fetch_add(1, Ordering::Relaxed) + 1;
+        let record = Arc::new(record);
+        let mut history = self.history.lock().unwrap_or_else(PoisonError::into_inner);
+        if history.len() == HISTORY {
+            history.pop_front();
+        }
+        history.push_back(Arc::clone(&record));
+        // No follower is no loss: the history has it.
+        let _ = self.live.send(record);
+    }
+}
+
+/// Turns kernel events into records. Runs until the agent ends.
+pub(crate) async fn read(
+    mut reader: FlowReader,
+    log: Arc<FlowLog>,
+    names: Arc<NameBook>,
+    metrics: TcpMetrics,
+    node: String,
+) -> Result<(), NodeError> {
+    let scribe = Scribe {
+        clock: Clock::new(),
+        names,
+        metrics,
+        node,
+    };
+    let watch = Readable::watch(&reader).map_err(NodeError::io("watch the flow records"))?;
+    loop {
+        // Either the buffer fills quickly and the kernel says so, or it is time to look.
+        if let Ok(outcome) = tokio::time::timeout(LOOK, watch.wait()).await {
+            outcome.map_err(NodeError::io("wait for flow records"))?;
+        }
+        loop {
+            let events: Vec<FlowEvent> = reader.by_ref().take(BATCH).collect();
+            for event in &events {
+                scribe.write(event, &log);
+            }
+            if events.len() < BATCH {
+                break;
+            }
+            tokio::task::yield_now().await;
+        }
+    }
+}
+
+struct Scribe {
+    clock: Clock,
+    names: Arc<NameBook>,
+    metrics: TcpMetrics,
+    node: String,
+}
+
+impl Scribe {
+    fn write(&self, event: &FlowEvent, log: &FlowLog) {
+        let Some(kind) = event.kind() else {
+            return;
+        };
+        let record = self.record(event, kind);
+        self.count(&record);
+        log.push(record);
+    }
+
+    fn record(&self, event: &FlowEvent, kind: FlowKind) -> FlowRecord {
+        let refused = matches!(kind, FlowKind::RefusedConnect | FlowKind::RefusedIngress);
+        let reason = Reason::from_number(event.reason);
+        FlowRecord {
+            sequence: 0,
+            time_ms: self.clock.wall_ms(event.time_ns),
+            node: self.node.clone(),
+            event: match kind {
+                FlowKind::Opened => FlowEventKind::Opened,
+                FlowKind::Closed if event.established() => FlowEventKind::Closed,
+                FlowKind::Closed => FlowEventKind::Failed,
+                FlowKind::RefusedConnect | FlowKind::RefusedIngress => FlowEventKind::Refused,
+            },
+            source: self.end(event.source_workload, event.source, event.source_port),
+            destination: self.end(
+                event.destination_workload,
+                event.destination,
+                event.destination_port,
+            ),
+            service: self.names.service(event.service),
+            protocol: if event.protocol == 17 { "UDP" } else { "TCP" }.into(),
+            path: if refused { "none" } else { "direct" }.into(),
+            verdict: if refused {
+                Verdict::Denied
+            } else {
+                Verdict::Allowed
+            },
+            reason: reason.map_or("unknown", Reason::name).into(),
+            policy: self.names.policy(event.policy),
+            bytes_sent: event.bytes_sent,
+            bytes_received: event.bytes_received,
+            rtt_us: event.srtt_us,
+            retransmits: event.retransmits,
+            duration_us: event.duration_ns / 1000,
+            connection: event.cookie,
+        }
+    }
+
+    fn end(&self, workload: u32, address: kernel::Address, port: u16) -> FlowEnd {
+        let names = self.names.workload(workload).unwrap_or_default();
+        let known = address != kernel::Address::default();
+        FlowEnd {
+            namespace: names.namespace,
+            workload: names.workload,
+            pod: names.pod,
+            identity: names.identity,
+            address: known.then(|| address.into()),
+            port,
+        }
+    }
+
+    fn count(&self, record: &FlowRecord) {
+        match record.event {
+            FlowEventKind::Opened => self.metrics.opened(&labels(record)),
+            FlowEventKind::Closed => {
+                // The metric speaks as the server does: what the client received was sent.
+                self.metrics
+                    .closed(&labels(record), record.bytes_received, record.bytes_sent);
+            }
+            FlowEventKind::Failed => {}
+            FlowEventKind::Refused => self.metrics.denied(&denied_labels(record)),
+        }
+    }
+}
+
+fn labels(record: &FlowRecord) -> TcpLabels {
+    let service = record
+        .service
+        .as_deref()
+        .and_then(|name| name.split_once('/'));
+    let (service_namespace, service_name) = service.unwrap_or_default();
+    TcpLabels {
+        reporter: Reporter::Source,
+        source_workload: or_unknown(&record.source.workload),
+        source_workload_namespace: or_unknown(&record.source.namespace),
+        source_principal: or_unknown(&record.source.identity),
+        destination_workload: or_unknown(&record.destination.workload),
+        destination_workload_namespace: or_unknown(&record.destination.namespace),
+        destination_principal: or_unknown(&record.destination.identity),
+        destination_service: or_unknown(record.service.as_deref().unwrap_or_default()),
+        destination_service_name: or_unknown(service_name),
+        destination_service_namespace: or_unknown(service_namespace),
+        connection_security_policy: if record.source.identity.is_empty() {
+            SecurityPolicy::None
+        } else {
+            SecurityPolicy::MutualTls
+        },
+        response_flags: "-".into(),
+    }
+}
+
+fn denied_labels(record: &FlowRecord) -> DeniedLabels {
+    DeniedLabels {
+        reporter: Reporter::Source,
+        reason: record.reason.clone(),
+        policy: record.policy.clone().unwrap_or_default(),
+        source_workload: or_unknown(&record.source.workload),
+        source_workload_namespace: or_unknown(&record.source.namespace),
+        destination_workload: or_unknown(&record.destination.workload),
+        destination_workload_namespace: or_unknown(&record.destination.namespace),
+    }
+}
+
+fn or_unknown(name: &str) -> String {
+    if name.is_empty() {
+        "unknown".into()
+    } else {
+        name.into()
+    }
+}
+
+/// Kernel time (CLOCK_MONOTONIC) as wall-clock time.
+struct Clock {
+    offset_ns: u128,
+}
+
+impl Clock {
+    fn new() -> Self {
+        let wall = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default()
+            .as_nanos();
+        let monotonic = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)
+            .map_or(0, |time| Duration::from(time).as_nanos());
+        Self {
+            offset_ns: wall.saturating_sub(monotonic),
+        }
+    }
+
+    fn wall_ms(&self, monotonic_ns: u64) -> u64 {
+        u64::try_from((self.offset_ns + u128::from(monotonic_ns)) / 1_000_000).unwrap_or(u64::MAX)
+    }
+}
