@@ -35,3 +35,30 @@ enum Message {
     /// Accept no more. Connections that are open go on.
     Remove { host_port: u16 },
 }
+
+#[cfg(test)]
+mod tests {
+    use linux::netns::Netns;
+    use rtnetlink::LinkUnspec;
+
+    /// Index of the loopback interface in every namespace.
+    const LOOPBACK: u32 = 1;
+
+    /// Runs a test in a namespace of its own, where every port is free.
+    pub(super) fn in_own_namespace<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send) {
+        let body = || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap();
+            runtime.block_on(async {
+                let (connection, handle, _) = rtnetlink::new_connection().unwrap();
+                tokio::spawn(connection);
+                let up = LinkUnspec::new_with_index(LOOPBACK).up().build();
+                handle.link().change(up).execute().await.unwrap();
+                test().await;
+            });
+        };
+        Netns::create().unwrap().run(body).unwrap();
+    }
+}

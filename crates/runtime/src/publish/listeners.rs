@@ -277,6 +277,7 @@ mod tests {
     use std::net::TcpStream;
 
     use super::*;
+    use crate::publish::tests::in_own_namespace;
 
     fn port(host_port: u16, target: &str) -> PublishedPort {
         PublishedPort {
@@ -287,9 +288,9 @@ mod tests {
 
     #[test]
     fn ports_open_and_close_at_once_and_errors_are_per_port() {
-        let taken = TcpListener::bind("127.0.0.1:0").unwrap();
-        let taken_port = taken.local_addr().unwrap().port();
-        let free_port = free_port();
+        in_own_namespace(|| async {
+        let (taken_port, free_port) = (8080, 8081);
+        let _taken = TcpListener::bind(("127.0.0.1", taken_port)).unwrap();
         let mut listeners = PublishListeners::new(Netns::current().unwrap());
 
         let errors = listeners.set(&[
@@ -314,6 +315,7 @@ mod tests {
         TcpStream::connect(("127.0.0.1", free_port)).unwrap();
         drop((held, listeners));
         TcpStream::connect(("127.0.0.1", free_port)).unwrap_err();
+        });
     }
 
     #[test]
@@ -337,13 +339,5 @@ mod tests {
         assert!(!ipv6_is_missing(&io::Error::from_raw_os_error(
             libc::EADDRINUSE
         )));
-    }
-
-    fn free_port() -> u16 {
-        TcpListener::bind("127.0.0.1:0")
-            .unwrap()
-            .local_addr()
-            .unwrap()
-            .port()
     }
 }

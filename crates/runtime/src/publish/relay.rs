@@ -215,7 +215,7 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
-    use crate::publish::{PublishedPort, listeners::PublishListeners};
+    use crate::publish::{PublishedPort, listeners::PublishListeners, tests::in_own_namespace};
 
     /// Answers what it has read only after its client's end of stream, preceded by `name`.
     async fn echo_at_end(name: &'static str) -> SocketAddr {
@@ -245,19 +245,15 @@ mod tests {
         timeout(Duration::from_secs(10), exchange).await.unwrap()
     }
 
-    async fn free_port() -> u16 {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        listener.local_addr().unwrap().port()
-    }
-
     fn published(host_port: u16, target: SocketAddr) -> PublishedPort {
         PublishedPort { host_port, target }
     }
 
-    #[tokio::test]
-    async fn bytes_half_closes_retargets_and_new_relays() {
+    #[test]
+    fn bytes_half_closes_retargets_and_new_relays() {
+        in_own_namespace(|| async {
         let (first, second) = (echo_at_end("first ").await, echo_at_end("second ").await);
-        let host_port = free_port().await;
+        let host_port = 8080;
         let mut listeners = PublishListeners::new(Netns::current().unwrap());
         assert!(listeners.set(&[published(host_port, first)]).is_empty());
 
@@ -302,13 +298,15 @@ mod tests {
             .unwrap()
             .unwrap()
             .unwrap();
+        });
     }
 
-    #[tokio::test]
-    async fn a_target_that_refuses_or_resets_resets_the_client() {
-        let nobody = SocketAddr::from(([127, 0, 0, 1], free_port().await));
+    #[test]
+    fn a_target_that_refuses_or_resets_resets_the_client() {
+        in_own_namespace(|| async {
+        let nobody = SocketAddr::from(([127, 0, 0, 1], 9));
         let resetting = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let (first, second) = (free_port().await, free_port().await);
+        let (first, second) = (8080, 8081);
         let mut listeners = PublishListeners::new(Netns::current().unwrap());
         let errors = listeners.set(&[
             published(first, nobody),
@@ -329,12 +327,14 @@ mod tests {
         drop(server);
         let error = client.read_u8().await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+        });
     }
 
-    #[tokio::test]
-    async fn connections_past_the_bound_are_reset_and_room_is_given_back() {
+    #[test]
+    fn connections_past_the_bound_are_reset_and_room_is_given_back() {
+        in_own_namespace(|| async {
         let target = echo_at_end("").await;
-        let host_port = free_port().await;
+        let host_port = 8080;
         let mut listeners = PublishListeners::new(Netns::current().unwrap());
         assert!(listeners.set(&[published(host_port, target)]).is_empty());
         tokio::spawn(serve(listeners.new_relay().unwrap(), 2));
@@ -350,10 +350,12 @@ mod tests {
         while ask(("127.0.0.1", host_port), "room").await.is_err() {
             assert!(tokio::time::Instant::now() < deadline);
         }
+        });
     }
 
-    #[tokio::test]
-    async fn a_socket_that_was_shut_down_ends_its_accepting() {
+    #[test]
+    fn a_socket_that_was_shut_down_ends_its_accepting() {
+        in_own_namespace(|| async {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         listener.set_nonblocking(true).unwrap();
         let copy = listener.try_clone().unwrap();
@@ -364,5 +366,6 @@ mod tests {
             .unwrap();
         let ended = timeout(Duration::from_secs(5), accepting.join_all()).await;
         assert_eq!(ended.unwrap().len(), 1);
+        });
     }
 }
