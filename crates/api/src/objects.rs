@@ -33,7 +33,6 @@ pub const DEFAULT_NAMESPACE: &str = "default";
 
 /// Any object.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "kind")]
 pub enum Object {
     /// `v1` Namespace.
     Namespace(Namespace),

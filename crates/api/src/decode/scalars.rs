@@ -64,23 +64,28 @@ impl<'a> Cursor<'a> {
 
     /// A whole number within `range`; its lower end if it is none.
     pub(crate) fn integer(&self, range: RangeInclusive<u32>) -> u32 {
+        let least = *range.start();
+        self.whole_number(range).unwrap_or(least)
+    }
+
+    fn whole_number(&self, range: RangeInclusive<u32>) -> Option<u32> {
         let expected = format!("a whole number from {} to {}", range.start(), range.end());
         let Value::Number(text) = &self.node.value else {
             self.mismatch(&expected);
-            return *range.start();
+            return None;
         };
-        match integer(text).and_then(|number| u32::try_from(number).ok()) {
-            Some(number) if range.contains(&number) => number,
-            _ => {
-                self.error(format!("{text} is not possible here"), expected);
-                *range.start()
-            }
+        let number = integer(text).and_then(|number| u32::try_from(number).ok());
+        let fitting = number.filter(|number| range.contains(number));
+        if fitting.is_none() {
+            self.error(format!("{text} is not possible here"), expected);
         }
+        fitting
     }
 
-    /// A port number.
+    /// A port number; 0 if it is none.
     pub(crate) fn port(&self) -> u16 {
-        u16::try_from(self.integer(1..=u32::from(u16::MAX))).unwrap_or(1)
+        let port = self.whole_number(1..=u32::from(u16::MAX));
+        port.and_then(|port| u16::try_from(port).ok()).unwrap_or(0)
     }
 
     /// A port number as a text, the way Istio writes ports.

@@ -277,7 +277,8 @@ fn ports(list: &Cursor<'_>) -> Vec<ServicePort> {
             }
             _ => {}
         }
-        if !numbers.insert((port.port, port.protocol)) {
+        // A port that could not be read is 0.
+        if port.port != 0 && !numbers.insert((port.port, port.protocol)) {
             let message = format!("port {} is given twice", port.port);
             item.error(message, "every port once per protocol");
         }
@@ -291,7 +292,7 @@ impl ServicePort {
         let mut fields = cursor.fields();
         let name = fields.get("name").map(|name| name.name(Name::Label));
         let port = fields.require("port", "the port on the service's address");
-        let port = port.map_or(1, |port| port.port());
+        let port = port.map_or(0, |port| port.port());
         let target = fields.get("targetPort");
         let target_port = target.map_or(TargetPort::Number(port), |target| target_port(&target));
         let protocol = fields.get("protocol").map(|value| protocol(&value));

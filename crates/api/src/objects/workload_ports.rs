@@ -58,7 +58,7 @@ fn decode_port(cursor: &Cursor<'_>) -> PodPort {
     fields.finish();
     PodPort {
         name,
-        port: port.map_or(1, |port| port.port()),
+        port: port.map_or(0, |port| port.port()),
         protocol: protocol.unwrap_or_default(),
         publish,
     }
@@ -90,13 +90,14 @@ fn decode_shorthand(cursor: &Cursor<'_>) -> Option<PodPort> {
     published
 }
 
+/// Whether both name the same port of the program; one that could not be read is 0 and equals none.
 fn same_port(one: &PodPort, other: &PodPort) -> bool {
-    one.port == other.port && one.protocol == other.protocol
+    one.port != 0 && one.port == other.port && one.protocol == other.protocol
 }
 
 fn check_host_port(cursor: &Cursor<'_>, list: &[PodPort], port: &PodPort) {
     let taken = |other: &&PodPort| other.publish == port.publish && other.protocol == port.protocol;
-    if let (Some(host_port), Some(other)) = (port.publish, list.iter().find(taken)) {
+    if let (Some(host_port @ 1..), Some(other)) = (port.publish, list.iter().find(taken)) {
         let message = format!("host port {host_port} already leads to port {}", other.port);
         cursor.error(message, "every host port once");
     }

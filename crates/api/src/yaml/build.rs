@@ -15,7 +15,7 @@ use super::{
 
 /// The document in `chunk`, `None` if there is nothing in it.
 pub(super) fn document(chunk: &Chunk<'_>) -> Option<Document> {
-    let mut builder = Builder::new(chunk.first_line);
+    let mut builder = Builder::new(chunk);
     let outcome = match control_character(chunk) {
         Some(fault) => Err(fault),
         None => builder.run(chunk.text),
@@ -68,6 +68,8 @@ enum Content {
 
 struct Builder {
     line_offset: usize,
+    /// Where the document's text ends: the parser sees a line after it even if there is none.
+    end: Position,
     stack: Vec<Open>,
     root: Option<Node>,
     /// By the parser's anchor number: the value and how many nodes it counts.
@@ -77,9 +79,10 @@ struct Builder {
 }
 
 impl Builder {
-    fn new(first_line: usize) -> Self {
+    fn new(chunk: &Chunk<'_>) -> Self {
         Self {
-            line_offset: first_line - 1,
+            line_offset: chunk.first_line - 1,
+            end: end(chunk),
             stack: Vec::new(),
             root: None,
             anchors: HashMap::new(),
@@ -325,10 +328,11 @@ impl Builder {
     }
 
     fn position(&self, marker: Marker) -> Position {
-        Position {
+        let position = Position {
             line: marker.line() + self.line_offset,
             column: marker.col() + 1,
-        }
+        };
+        position.min(self.end)
     }
 
     /// What was built before a fault, its open collections closed.
@@ -421,5 +425,21 @@ fn first_content(chunk: &Chunk<'_>) -> Position {
     Position {
         line: chunk.first_line + skipped,
         column: 1,
+    }
+}
+
+/// The place after the last character of `chunk`.
+fn end(chunk: &Chunk<'_>) -> Position {
+    let last = split::lines(chunk.text).enumerate().last();
+    let (index, line) = last.unwrap_or((0, ""));
+    if line.ends_with(['\n', '\r']) {
+        return Position {
+            line: chunk.first_line + index + 1,
+            column: 1,
+        };
+    }
+    Position {
+        line: chunk.first_line + index,
+        column: line.chars().count() + 1,
     }
 }
