@@ -289,32 +289,32 @@ mod tests {
     #[test]
     fn ports_open_and_close_at_once_and_errors_are_per_port() {
         in_own_namespace(|| async {
-        let (taken_port, free_port) = (8080, 8081);
-        let _taken = TcpListener::bind(("127.0.0.1", taken_port)).unwrap();
-        let mut listeners = PublishListeners::new(Netns::current().unwrap());
+            let (taken_port, free_port) = (8080, 8081);
+            let _taken = TcpListener::bind(("127.0.0.1", taken_port)).unwrap();
+            let mut listeners = PublishListeners::new(Netns::current().unwrap());
 
-        let errors = listeners.set(&[
-            port(taken_port, "10.0.0.1:80"),
-            port(free_port, "10.0.0.1:81"),
-            port(free_port, "10.0.0.1:82"),
-        ]);
-        assert_eq!(errors.len(), 2);
-        assert_eq!(errors[0].host_port(), free_port);
-        assert!(errors[0].to_string().contains("published twice"));
-        assert_eq!(errors[1].host_port(), taken_port);
-        assert!(errors[1].to_string().contains("another program listens"));
-        TcpStream::connect(("127.0.0.1", free_port)).unwrap();
-        TcpStream::connect(("::1", free_port)).unwrap();
+            let errors = listeners.set(&[
+                port(taken_port, "10.0.0.1:80"),
+                port(free_port, "10.0.0.1:81"),
+                port(free_port, "10.0.0.1:82"),
+            ]);
+            assert_eq!(errors.len(), 2);
+            assert_eq!(errors[0].host_port(), free_port);
+            assert!(errors[0].to_string().contains("published twice"));
+            assert_eq!(errors[1].host_port(), taken_port);
+            assert!(errors[1].to_string().contains("another program listens"));
+            TcpStream::connect(("127.0.0.1", free_port)).unwrap();
+            TcpStream::connect(("::1", free_port)).unwrap();
 
-        // A relay that hangs holds the sockets of the port, yet it closes, and can be opened again.
-        let held = listeners.ports.borrow().clone();
-        assert!(listeners.set(&[]).is_empty());
-        let error = TcpStream::connect(("127.0.0.1", free_port)).unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
-        assert!(listeners.set(&[port(free_port, "10.0.0.1:81")]).is_empty());
-        TcpStream::connect(("127.0.0.1", free_port)).unwrap();
-        drop((held, listeners));
-        TcpStream::connect(("127.0.0.1", free_port)).unwrap_err();
+            // A relay that hangs holds the sockets of the port, yet it closes, and can be opened again.
+            let held = listeners.ports.borrow().clone();
+            assert!(listeners.set(&[]).is_empty());
+            let error = TcpStream::connect(("127.0.0.1", free_port)).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
+            assert!(listeners.set(&[port(free_port, "10.0.0.1:81")]).is_empty());
+            TcpStream::connect(("127.0.0.1", free_port)).unwrap();
+            drop((held, listeners));
+            TcpStream::connect(("127.0.0.1", free_port)).unwrap_err();
         });
     }
 

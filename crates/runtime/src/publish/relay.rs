@@ -252,120 +252,120 @@ mod tests {
     #[test]
     fn bytes_half_closes_retargets_and_new_relays() {
         in_own_namespace(|| async {
-        let (first, second) = (echo_at_end("first ").await, echo_at_end("second ").await);
-        let host_port = 8080;
-        let mut listeners = PublishListeners::new(Netns::current().unwrap());
-        assert!(listeners.set(&[published(host_port, first)]).is_empty());
+            let (first, second) = (echo_at_end("first ").await, echo_at_end("second ").await);
+            let host_port = 8080;
+            let mut listeners = PublishListeners::new(Netns::current().unwrap());
+            assert!(listeners.set(&[published(host_port, first)]).is_empty());
 
-        // This client is there before any relay is.
-        let early = tokio::spawn(ask(("127.0.0.1", host_port), "early"));
-        let relay = tokio::spawn(run(listeners.new_relay().unwrap()));
-        assert_eq!(early.await.unwrap().unwrap(), "first early");
-        let large = "x".repeat(1_000_000);
-        assert_eq!(
-            ask(("::1", host_port), &large).await.unwrap(),
-            format!("first {large}")
-        );
+            // This client is there before any relay is.
+            let early = tokio::spawn(ask(("127.0.0.1", host_port), "early"));
+            let relay = tokio::spawn(run(listeners.new_relay().unwrap()));
+            assert_eq!(early.await.unwrap().unwrap(), "first early");
+            let large = "x".repeat(1_000_000);
+            assert_eq!(
+                ask(("::1", host_port), &large).await.unwrap(),
+                format!("first {large}")
+            );
 
-        // An open connection outlives the change of its port's target.
-        let mut open = TcpStream::connect(("127.0.0.1", host_port)).await.unwrap();
-        open.write_all(b"old").await.unwrap();
-        assert_eq!(ask(("127.0.0.1", host_port), "").await.unwrap(), "first ");
-        assert!(listeners.set(&[published(host_port, second)]).is_empty());
-        let deadline = tokio::time::Instant::now() + Duration::from_secs(5);
-        while ask(("127.0.0.1", host_port), "x").await.unwrap() != "second x" {
-            assert!(tokio::time::Instant::now() < deadline);
-        }
-        open.shutdown().await.unwrap();
-        let mut answer = String::new();
-        open.read_to_string(&mut answer).await.unwrap();
-        assert_eq!(answer, "first old");
+            // An open connection outlives the change of its port's target.
+            let mut open = TcpStream::connect(("127.0.0.1", host_port)).await.unwrap();
+            open.write_all(b"old").await.unwrap();
+            assert_eq!(ask(("127.0.0.1", host_port), "").await.unwrap(), "first ");
+            assert!(listeners.set(&[published(host_port, second)]).is_empty());
+            let deadline = tokio::time::Instant::now() + Duration::from_secs(5);
+            while ask(("127.0.0.1", host_port), "x").await.unwrap() != "second x" {
+                assert!(tokio::time::Instant::now() < deadline);
+            }
+            open.shutdown().await.unwrap();
+            let mut answer = String::new();
+            open.read_to_string(&mut answer).await.unwrap();
+            assert_eq!(answer, "first old");
 
-        // A relay that dies is replaced; who comes in between waits.
-        relay.abort();
-        assert!(relay.await.unwrap_err().is_cancelled());
-        let between = tokio::spawn(ask(("127.0.0.1", host_port), "between"));
-        let relay = tokio::spawn(run(listeners.new_relay().unwrap()));
-        assert_eq!(between.await.unwrap().unwrap(), "second between");
+            // A relay that dies is replaced; who comes in between waits.
+            relay.abort();
+            assert!(relay.await.unwrap_err().is_cancelled());
+            let between = tokio::spawn(ask(("127.0.0.1", host_port), "between"));
+            let relay = tokio::spawn(run(listeners.new_relay().unwrap()));
+            assert_eq!(between.await.unwrap().unwrap(), "second between");
 
-        // Closed by its owner, the port refuses; with its owner gone, the relay ends.
-        assert!(listeners.set(&[]).is_empty());
-        let error = ask(("127.0.0.1", host_port), "").await.unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
-        drop(listeners);
-        timeout(Duration::from_secs(5), relay)
-            .await
-            .unwrap()
-            .unwrap()
-            .unwrap();
+            // Closed by its owner, the port refuses; with its owner gone, the relay ends.
+            assert!(listeners.set(&[]).is_empty());
+            let error = ask(("127.0.0.1", host_port), "").await.unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
+            drop(listeners);
+            timeout(Duration::from_secs(5), relay)
+                .await
+                .unwrap()
+                .unwrap()
+                .unwrap();
         });
     }
 
     #[test]
     fn a_target_that_refuses_or_resets_resets_the_client() {
         in_own_namespace(|| async {
-        let nobody = SocketAddr::from(([127, 0, 0, 1], 9));
-        let resetting = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let (first, second) = (8080, 8081);
-        let mut listeners = PublishListeners::new(Netns::current().unwrap());
-        let errors = listeners.set(&[
-            published(first, nobody),
-            published(second, resetting.local_addr().unwrap()),
-        ]);
-        assert!(errors.is_empty());
-        tokio::spawn(run(listeners.new_relay().unwrap()));
+            let nobody = SocketAddr::from(([127, 0, 0, 1], 9));
+            let resetting = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let (first, second) = (8080, 8081);
+            let mut listeners = PublishListeners::new(Netns::current().unwrap());
+            let errors = listeners.set(&[
+                published(first, nobody),
+                published(second, resetting.local_addr().unwrap()),
+            ]);
+            assert!(errors.is_empty());
+            tokio::spawn(run(listeners.new_relay().unwrap()));
 
-        let mut client = TcpStream::connect(("127.0.0.1", first)).await.unwrap();
-        let error = client.read_u8().await.unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+            let mut client = TcpStream::connect(("127.0.0.1", first)).await.unwrap();
+            let error = client.read_u8().await.unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
 
-        let mut client = TcpStream::connect(("127.0.0.1", second)).await.unwrap();
-        client.write_all(b"x").await.unwrap();
-        let (mut server, _) = resetting.accept().await.unwrap();
-        server.read_u8().await.unwrap();
-        reset(&server);
-        drop(server);
-        let error = client.read_u8().await.unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+            let mut client = TcpStream::connect(("127.0.0.1", second)).await.unwrap();
+            client.write_all(b"x").await.unwrap();
+            let (mut server, _) = resetting.accept().await.unwrap();
+            server.read_u8().await.unwrap();
+            reset(&server);
+            drop(server);
+            let error = client.read_u8().await.unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
         });
     }
 
     #[test]
     fn connections_past_the_bound_are_reset_and_room_is_given_back() {
         in_own_namespace(|| async {
-        let target = echo_at_end("").await;
-        let host_port = 8080;
-        let mut listeners = PublishListeners::new(Netns::current().unwrap());
-        assert!(listeners.set(&[published(host_port, target)]).is_empty());
-        tokio::spawn(serve(listeners.new_relay().unwrap(), 2));
+            let target = echo_at_end("").await;
+            let host_port = 8080;
+            let mut listeners = PublishListeners::new(Netns::current().unwrap());
+            assert!(listeners.set(&[published(host_port, target)]).is_empty());
+            tokio::spawn(serve(listeners.new_relay().unwrap(), 2));
 
-        let first = TcpStream::connect(("127.0.0.1", host_port)).await.unwrap();
-        let second = TcpStream::connect(("127.0.0.1", host_port)).await.unwrap();
-        let mut third = TcpStream::connect(("127.0.0.1", host_port)).await.unwrap();
-        let error = third.read_u8().await.unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+            let first = TcpStream::connect(("127.0.0.1", host_port)).await.unwrap();
+            let second = TcpStream::connect(("127.0.0.1", host_port)).await.unwrap();
+            let mut third = TcpStream::connect(("127.0.0.1", host_port)).await.unwrap();
+            let error = third.read_u8().await.unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
 
-        drop((first, second));
-        let deadline = tokio::time::Instant::now() + Duration::from_secs(5);
-        while ask(("127.0.0.1", host_port), "room").await.is_err() {
-            assert!(tokio::time::Instant::now() < deadline);
-        }
+            drop((first, second));
+            let deadline = tokio::time::Instant::now() + Duration::from_secs(5);
+            while ask(("127.0.0.1", host_port), "room").await.is_err() {
+                assert!(tokio::time::Instant::now() < deadline);
+            }
         });
     }
 
     #[test]
     fn a_socket_that_was_shut_down_ends_its_accepting() {
         in_own_namespace(|| async {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        listener.set_nonblocking(true).unwrap();
-        let copy = listener.try_clone().unwrap();
-        let target = listener.local_addr().unwrap();
-        let accepting = accept_all(1, target, vec![listener.into()], &Connections::new(1));
-        socket2::SockRef::from(&copy)
-            .shutdown(Shutdown::Both)
-            .unwrap();
-        let ended = timeout(Duration::from_secs(5), accepting.join_all()).await;
-        assert_eq!(ended.unwrap().len(), 1);
+            let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+            listener.set_nonblocking(true).unwrap();
+            let copy = listener.try_clone().unwrap();
+            let target = listener.local_addr().unwrap();
+            let accepting = accept_all(1, target, vec![listener.into()], &Connections::new(1));
+            socket2::SockRef::from(&copy)
+                .shutdown(Shutdown::Both)
+                .unwrap();
+            let ended = timeout(Duration::from_secs(5), accepting.join_all()).await;
+            assert_eq!(ended.unwrap().len(), 1);
         });
     }
 }
