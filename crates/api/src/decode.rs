@@ -53,6 +53,11 @@ impl Sink {
         }
     }
 
+    /// Whether further findings are only counted, so that no effort need go into their words.
+    fn is_full(&self) -> bool {
+        self.findings.borrow().len() >= MAX_FINDINGS
+    }
+
     /// All findings in the order of the file.
     pub(crate) fn into_findings(self) -> Vec<Finding> {
         let mut findings = self.findings.into_inner();
@@ -260,7 +265,9 @@ impl<'a> Fields<'a> {
                 continue;
             }
             let mut message = format!("unknown field `{}`", entry.key);
-            if let Some(meant) = closest(&entry.key, &self.known) {
+            if !self.at.sink.is_full()
+                && let Some(meant) = closest(&entry.key, &self.known)
+            {
                 message.push_str(&format!(", did you mean `{meant}`?"));
             }
             self.at.sink.report(Finding {

@@ -6,10 +6,13 @@ use crate::{
     pod::{PodPort, Protocol},
 };
 
+/// Most ports of one workload, and most of its published ports. What is beyond is refused: every port is compared with every other.
+const MAX_PORTS: usize = 256;
+
 /// Reads both fields into one list: a `publish` adds to the port that it names, or a port.
 pub(super) fn decode(ports: Option<Cursor<'_>>, publish: Option<Cursor<'_>>) -> Vec<PodPort> {
     let mut list: Vec<PodPort> = Vec::new();
-    for item in ports.map(|ports| ports.items()).unwrap_or_default() {
+    for item in bounded_items(ports) {
         let port = decode_port(&item);
         if list.iter().any(|other| same_port(other, &port)) {
             let message = format!("port {} is given twice", port.port);
@@ -27,7 +30,7 @@ pub(super) fn decode(ports: Option<Cursor<'_>>, publish: Option<Cursor<'_>>) -> 
         check_host_port(&item, &list, &port);
         list.push(port);
     }
-    for item in publish.map(|publish| publish.items()).unwrap_or_default() {
+    for item in bounded_items(publish) {
         let Some(published) = decode_shorthand(&item) else {
             continue;
         };
@@ -42,6 +45,19 @@ pub(super) fn decode(ports: Option<Cursor<'_>>, publish: Option<Cursor<'_>>) -> 
         }
     }
     list
+}
+
+fn bounded_items(list: Option<Cursor<'_>>) -> Vec<Cursor<'_>> {
+    let Some(list) = list else {
+        return Vec::new();
+    };
+    let mut items = list.items();
+    if items.len() > MAX_PORTS {
+        let message = format!("has {} items", items.len());
+        list.error(message, format!("at most {MAX_PORTS}"));
+        items.truncate(MAX_PORTS);
+    }
+    items
 }
 
 fn decode_port(cursor: &Cursor<'_>) -> PodPort {

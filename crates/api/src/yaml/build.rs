@@ -13,6 +13,9 @@ use super::{
     split::{self, Chunk},
 };
 
+/// Most faults kept for one document.
+const MAX_FAULTS: usize = 100;
+
 /// The document in `chunk`, `None` if there is nothing in it.
 pub(super) fn document(chunk: &Chunk<'_>) -> Option<Document> {
     let mut builder = Builder::new(chunk);
@@ -68,8 +71,8 @@ enum Content {
 
 struct Builder {
     line_offset: usize,
-    /// Where the document's text ends: the parser sees a line after it even if there is none.
-    end: Position,
+    /// Characters in each line. The parser can point past them: after the end of the text, and in directives.
+    widths: Vec<usize>,
     stack: Vec<Open>,
     root: Option<Node>,
     /// By the parser's anchor number: the value and how many nodes it counts.
@@ -82,7 +85,7 @@ impl Builder {
     fn new(chunk: &Chunk<'_>) -> Self {
         Self {
             line_offset: chunk.first_line - 1,
-            end: end(chunk),
+            widths: widths(chunk.text),
             stack: Vec::new(),
             root: None,
             anchors: HashMap::new(),
@@ -173,7 +176,7 @@ impl Builder {
         let value = scalar::resolve(text, style, tag).unwrap_or_else(|message| {
             let expected = "only the tags of YAML's core schema, such as !!str".to_owned();
             let path = self.path();
-            self.faults.push(Fault {
+            self.report(Fault {
                 position,
                 field: path,
                 message,
@@ -189,7 +192,7 @@ impl Builder {
         if key == "<<" && style == ScalarStyle::Plain {
             let field = self.path();
             let message = "merge keys (`<<`) belong to YAML 1.1 and are not supported".into();
-            self.faults.push(Fault {
+            self.report(Fault {
                 position,
                 field,
                 message,
@@ -205,7 +208,7 @@ impl Builder {
         };
         if let Some(first) = seen.get(key) {
             let message = format!("the key `{key}` is given twice (first at {first})");
-            self.faults.push(fault(position, &self.path(), message));
+            self.report(fault(position, &self.path(), message));
         } else {
             seen.insert(key.to_owned(), position);
         }
@@ -303,6 +306,13 @@ impl Builder {
         Ok(())
     }
 
+    /// Keeps a fault, up to a bound: a document with one is not read further anyway.
+    fn report(&mut self, fault: Fault) {
+        if self.faults.len() < MAX_FAULTS {
+            self.faults.push(fault);
+        }
+    }
+
     /// Counts `more` nodes against the bound.
     fn count(&mut self, more: usize, position: Position) -> Result<(), Fault> {
         self.nodes = self.nodes.saturating_add(more);
@@ -327,12 +337,19 @@ impl Builder {
             })
     }
 
+    /// The place in the file, kept inside of the document's text.
     fn position(&self, marker: Marker) -> Position {
-        let position = Position {
-            line: marker.line() + self.line_offset,
-            column: marker.col() + 1,
+        let line = marker.line().clamp(1, self.widths.len());
+        let width = self.widths[line - 1];
+        let column = if line < marker.line() {
+            width
+        } else {
+            marker.col().min(width)
         };
-        position.min(self.end)
+        Position {
+            line: line + self.line_offset,
+            column: column + 1,
+        }
     }
 
     /// What was built before a fault, its open collections closed.
@@ -428,18 +445,12 @@ fn first_content(chunk: &Chunk<'_>) -> Position {
     }
 }
 
-/// The place after the last character of `chunk`.
-fn end(chunk: &Chunk<'_>) -> Position {
-    let last = split::lines(chunk.text).enumerate().last();
-    let (index, line) = last.unwrap_or((0, ""));
-    if line.ends_with(['\n', '\r']) {
-        return Position {
-            line: chunk.first_line + index + 1,
-            column: 1,
-        };
+/// How many characters each line has without its end. Never empty; after a last line end comes one more line.
+fn widths(text: &str) -> Vec<usize> {
+    let width = |line: &str| line.trim_end_matches(['\n', '\r']).chars().count();
+    let mut widths: Vec<usize> = split::lines(text).map(width).collect();
+    if text.is_empty() || text.ends_with(['\n', '\r']) {
+        widths.push(0);
     }
-    Position {
-        line: chunk.first_line + index,
-        column: line.chars().count() + 1,
-    }
+    widths
 }
