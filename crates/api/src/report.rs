@@ -4,6 +4,8 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::pod::{PodPhase, PodStatus};
+
 /// One connection (or a refused try), as `heddle flows` shows it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FlowRecord {
@@ -184,4 +186,111 @@ pub struct ExplainedEndpoint {
     pub policy: Option<String>,
     /// The policies that apply to the endpoint, all of them.
     pub policies: Vec<String>,
+}
+
+/// A whole mesh, as `heddle status -o json` prints it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MeshStatus {
+    /// Name of the mesh.
+    pub mesh: String,
+    /// Process id of `heddle up`.
+    pub pid: u32,
+    /// Folder with the objects.
+    pub source: String,
+    /// Every replica, wanted or still there.
+    pub workloads: Vec<Replica>,
+    /// Every node.
+    pub nodes: Vec<NodeEntry>,
+    /// Every object, with where it comes from and how far it got.
+    pub objects: Vec<ObjectEntry>,
+    /// Ports on the host's loopback.
+    pub published: Vec<PublishedEntry>,
+    /// What is wrong with the objects, with file, line and column.
+    pub problems: Vec<String>,
+}
+
+impl MeshStatus {
+    /// Every replica is ready (or has ended as it should), every node has its policy, and nothing is wrong.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        self.workloads
+            .iter()
+            .all(|replica| replica.status.ready || replica.status.phase == PodPhase::Succeeded)
+            && self
+                .nodes
+                .iter()
+                .all(|node| node.status.as_ref().is_some_and(|status| status.synced))
+            && self
+                .published
+                .iter()
+                .all(|published| published.error.is_none())
+    }
+
+    /// Everything that is wrong anywhere, one line each.
+    #[must_use]
+    pub fn all_problems(&self) -> Vec<String> {
+        let mut all = self.problems.clone();
+        for node in &self.nodes {
+            let of_agent = node.status.iter().flat_map(|status| &status.problems);
+            all.extend(of_agent.map(|problem| format!("node {}: {problem}", node.node)));
+        }
+        all.extend(
+            self.published
+                .iter()
+                .filter_map(|published| published.error.clone()),
+        );
+        all
+    }
+}
+
+/// One replica and what the runtime says of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Replica {
+    /// Namespace.
+    pub namespace: String,
+    /// Name of the `Workload` object.
+    pub workload: String,
+    /// Replica name.
+    pub name: String,
+    /// Service account.
+    pub service_account: String,
+    /// What the runtime says of it.
+    pub status: PodStatus,
+}
+
+/// One node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeEntry {
+    /// Node name.
+    pub node: String,
+    /// What its agent says; `None` while it is away.
+    pub status: Option<NodeStatus>,
+    /// Why it is away.
+    pub error: Option<String>,
+}
+
+/// One object.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ObjectEntry {
+    /// `KIND NAMESPACE/NAME`.
+    pub object: String,
+    /// File and line it was read from.
+    pub source: String,
+    /// `accepted`, or `rejected` (its last good version, if there was one, is in force).
+    pub state: String,
+    /// The version in force has reached so many of the nodes.
+    pub live_on: usize,
+    /// Number of nodes.
+    pub nodes: usize,
+}
+
+/// One published port.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PublishedEntry {
+    /// Port on 127.0.0.1 and ::1.
+    pub host_port: u16,
+    /// `NAMESPACE/WORKLOAD`.
+    pub workload: String,
+    /// Why it is not open.
+    pub error: Option<String>,
 }
