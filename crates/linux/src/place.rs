@@ -28,6 +28,7 @@ pub struct Placement {
     inherit: Vec<OwnedFd>,
     user: Option<User>,
     dies_with_parent: bool,
+    keeps_session: bool,
 }
 
 #[derive(Debug)]
@@ -95,6 +96,13 @@ impl Placement {
         self
     }
 
+    /// The child stays in the parent's session: it may use its terminal, and Ctrl-C reaches both.
+    #[must_use]
+    pub fn keeps_session(mut self) -> Self {
+        self.keeps_session = true;
+        self
+    }
+
     /// Arranges it for `command`, which must not be spawned more than once.
     pub fn apply(self, command: &mut Command) {
         let mut moved = [-1; MAX_INHERITED];
@@ -106,8 +114,10 @@ impl Placement {
     }
 
     fn enter(&self, moved: &mut [RawFd; MAX_INHERITED]) -> io::Result<()> {
-        // SAFETY: no pointers. Fails only for a group leader, which a forked child never is.
-        unsafe { libc::setsid() };
+        if !self.keeps_session {
+            // SAFETY: no pointers. Fails only for a group leader, which a forked child never is.
+            unsafe { libc::setsid() };
+        }
         for procs in &self.cgroups {
             // SAFETY: one readable byte; "0" means the writing process.
             check(unsafe { libc::write(procs.as_raw_fd(), c"0".as_ptr().cast(), 1) } as i32)?;

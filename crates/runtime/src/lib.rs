@@ -3,6 +3,7 @@
 pub mod cleanup;
 pub mod container;
 pub mod error;
+pub mod exec;
 pub mod fabric;
 pub mod guardian;
 pub mod init;

@@ -22,7 +22,6 @@ pub(super) fn place(spec: &InitSpec) -> Result<(), Error> {
     let switch = fs::read_to_string("/etc/nsswitch.conf").unwrap_or_default();
     replace("/etc/nsswitch.conf", &nsswitch(&switch), 0o644)?;
 
-    let user = User::find(spec.program.user.as_deref()).map_err(Error::Container)?;
     for (path, file) in &spec.files {
         if !path.starts_with('/') {
             return Err(Error::Container(format!(
@@ -30,6 +29,10 @@ pub(super) fn place(spec: &InitSpec) -> Result<(), Error> {
             )));
         }
         replace(path, &file.content, file.mode)?;
+    }
+    // Only now: the files may bring the user along.
+    let user = User::find(spec.program.user.as_deref()).map_err(Error::Container)?;
+    for path in spec.files.keys() {
         chown(path, Some(user.uid), Some(user.gid))
             .during(|| format!("give {path} to its user"))?;
     }
