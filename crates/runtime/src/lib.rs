@@ -2,12 +2,14 @@
 
 pub mod cleanup;
 pub mod container;
+pub mod enroll;
 pub mod error;
 pub mod exec;
 pub mod fabric;
 pub mod guardian;
 pub mod init;
 pub mod layout;
+pub mod logs;
 pub mod preflight;
 pub mod publish;
 
