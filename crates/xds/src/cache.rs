@@ -127,22 +127,24 @@ impl Cache {
         self.publish(state, changed)
     }
 
-    /// Makes `resources` all there is of a type, and returns the generation that has them.
-    pub fn set(&self, type_url: &str, resources: impl IntoIterator<Item = (String, Bytes)>) -> u64 {
+    /// Makes the given resources all there is of their types, as one step, and returns the generation that
+    /// has them. Types that are not given stay as they are.
+    pub fn replace(
+        &self,
+        types: impl IntoIterator<Item = (&'static str, Vec<(String, Bytes)>)>,
+    ) -> u64 {
         let mut state = self.lock();
         let mut changed = false;
-        let mut gone: HashSet<Arc<str>> = state
-            .types
-            .entry(type_url.to_owned())
-            .or_default()
-            .live_names()
-            .collect();
-        for (name, body) in resources {
-            gone.remove(name.as_str());
-            changed |= state.apply_one(type_url, &name, Some(body));
-        }
-        for name in gone {
-            changed |= state.apply_one(type_url, &name, None);
+        for (type_url, resources) in types {
+            let of_type = state.types.entry(type_url.to_owned()).or_default();
+            let mut gone: HashSet<Arc<str>> = of_type.live_names().collect();
+            for (name, body) in resources {
+                gone.remove(name.as_str());
+                changed |= state.apply_one(type_url, &name, Some(body));
+            }
+            for name in gone {
+                changed |= state.apply_one(type_url, &name, None);
+            }
         }
         self.publish(state, changed)
     }
@@ -223,15 +225,13 @@ impl State {
         let Some(of_type) = self.types.get_mut(type_url) else {
             return false;
         };
-        let content = body.map(|body| (content_version(&body), body));
-        let now = content.as_ref().map(|(version, _)| version);
         let known = of_type.entries.get(name);
-        let before = known
-            .and_then(|entry| entry.content.as_ref())
-            .map(|(version, _)| version);
-        if now == before {
+        let before = known.and_then(|entry| entry.content.as_ref());
+        // Compared before hashed: most of what is applied is what is already there.
+        if body.as_ref() == before.map(|(_, body)| body) {
             return false;
         }
+        let content = body.map(|body| (content_version(&body), body));
         // Sequence 1 is where a subscriber of an empty cache stands.
         self.sequence = self.sequence.max(1) + 1;
         let name: Arc<str> = match of_type.entries.get_key_value(name) {
@@ -362,14 +362,12 @@ mod tests {
     }
 
     #[test]
-    fn set_removes_what_is_not_named() {
+    fn replace_removes_what_is_not_named() {
         let cache = Cache::new();
-        cache.set(
-            TYPE,
-            [("a".into(), Bytes::new()), ("b".into(), Bytes::new())],
-        );
+        let resource = |name: &str| (name.to_owned(), Bytes::new());
+        cache.replace([(TYPE, vec![resource("a"), resource("b")])]);
         let seen = cache.changes_since(TYPE, 0).sequence;
-        cache.set(TYPE, [("b".into(), Bytes::new())]);
+        cache.replace([(TYPE, vec![resource("b")])]);
         let (changed, removed, _) = since(&cache, seen);
         assert_eq!((changed, removed), (vec![], vec!["a".to_owned()]));
         assert_eq!(cache.names(TYPE), [Arc::from("b")]);
