@@ -6,7 +6,7 @@ use std::{
     fs::{File, OpenOptions},
     io,
     os::{
-        fd::{AsRawFd, OwnedFd, RawFd},
+        fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
         unix::process::CommandExt,
     },
     path::Path,
@@ -163,6 +163,22 @@ impl Placement {
         }
         Ok(())
     }
+}
+
+/// The descriptor number `index` of those that this process inherited by [`Placement::inherit`], as a
+/// duplicate that is close-on-exec.
+///
+/// # Errors
+/// `EBADF` if there is none.
+pub fn inherited(index: usize) -> io::Result<OwnedFd> {
+    let number = RawFd::try_from(index)
+        .ok()
+        .filter(|_| index < MAX_INHERITED)
+        .ok_or_else(|| io::Error::from_raw_os_error(libc::EBADF))?;
+    // SAFETY: no pointers; a number that is not open is answered by an error.
+    let copy = check(unsafe { libc::fcntl(FIRST_INHERITED + number, libc::F_DUPFD_CLOEXEC, 0) })?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(copy) })
 }
 
 fn check(result: i32) -> io::Result<i32> {

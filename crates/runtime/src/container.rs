@@ -28,7 +28,10 @@ use serde::Serialize;
 use tokio::{process::Child, time::timeout};
 
 use self::spec::{FromInit, InitSpec, ToInit};
-use crate::error::{During, Error};
+use crate::{
+    error::{During, Error},
+    init,
+};
 
 /// How long the inside may take to be built. It is milliseconds unless the machine is stuck.
 const BUILD_PATIENCE: Duration = Duration::from_secs(30);
@@ -215,7 +218,7 @@ fn spawn_init(spec: &ContainerSpec<'_>, control: OwnedFd) -> Result<Child, Error
     let errors = spec.output.try_clone().during(failed)?;
     let mut command = Command::new(&spec.executable);
     command
-        .arg("init")
+        .arg(init::SUBCOMMAND)
         .env_clear()
         .current_dir("/")
         .stdin(Stdio::from(control))

@@ -214,7 +214,7 @@ impl EnrollServer {
             FromAgent::Hello { .. } => {}
             FromAgent::WorkloadReady { uid } => state.enrolled(&uid, Enrolment::Ready),
             FromAgent::WorkloadRefused { uid, error } => {
-                state.enrolled(&uid, Enrolment::Refused(error))
+                state.enrolled(&uid, Enrolment::Refused(error));
             }
             FromAgent::StoreFd { name } => {
                 let Some(descriptor) = descriptors.pop() else {

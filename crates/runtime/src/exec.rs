@@ -22,11 +22,11 @@ use serde::{Deserialize, Serialize};
 use crate::{
     container::{memfd, spec::ProgramSpec},
     error::{During, Error},
-    init::{confine, program},
+    init::{self, confine, program},
 };
 
-/// The hidden subcommand that [`main`] is the body of.
-pub const SUBCOMMAND: &str = "exec-inside";
+/// Second argument of the hidden subcommand `init` for what [`main`] does.
+pub(crate) const ARGUMENT: &str = "exec";
 const FAILED: i32 = 125;
 
 /// Which pod to enter.
@@ -85,9 +85,9 @@ pub fn run(spec: &ExecSpec) -> Result<i32, Error> {
     Ok(code)
 }
 
-/// Body of the hidden subcommand [`SUBCOMMAND`]: an [`ExecSpec`] comes as JSON in descriptor 3.
+/// Body of the hidden subcommand `init exec`: an [`ExecSpec`] comes as JSON in descriptor 3.
 /// Call it before any thread is started.
-pub fn main() -> ! {
+pub(crate) fn main() -> ! {
     let path = "/proc/self/fd/3";
     let code = fs::read(path)
         .during(|| format!("read {path}"))
@@ -107,7 +107,7 @@ pub fn command(executable: &std::path::Path, spec: &ExecSpec) -> Result<Command,
     let document = memfd("heddle-exec-spec", spec)?;
     let mut command = Command::new(executable);
     command
-        .arg(SUBCOMMAND)
+        .args([init::SUBCOMMAND, ARGUMENT])
         .env_clear()
         .stdin(Stdio::null())
         .stdout(Stdio::null())

@@ -7,12 +7,13 @@
 mod signals;
 
 use std::{
-    ffi::OsString,
+    collections::BTreeMap,
+    ffi::{OsStr, OsString},
     fs,
     io::{self, Read, Write},
     os::{fd::OwnedFd, unix::fs::MetadataExt},
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Command, ExitCode, Stdio},
 };
 
 use linux::place::{FIRST_INHERITED, Placement};
@@ -44,6 +45,8 @@ pub enum Error {
     },
 }
 
+/// The binary's hidden subcommand that [`main`] is the body of.
+pub const SUBCOMMAND: &str = "guardian";
 /// What a supervisor says that has cleaned up itself.
 const ALL_DONE: &[u8] = b".";
 
@@ -121,6 +124,32 @@ pub fn run(mut pipe: impl Read, remains: &Remains, lock: &Path) -> Result<Report
     Ok(report)
 }
 
+/// Runs as the guardian. `arguments` are those after the subcommand, as [`Guardian::start`] gives them.
+#[must_use]
+pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let mut values = BTreeMap::new();
+    let mut arguments = arguments.into_iter();
+    while let (Some(name), Some(value)) = (arguments.next(), arguments.next()) {
+        values.insert(name, PathBuf::from(value));
+    }
+    let mut value = |name: &str| values.remove(OsStr::new(name));
+    let (Some(run_dir), Some(cgroup), Some(lock)) =
+        (value("--run-dir"), value("--cgroup"), value("--lock"))
+    else {
+        eprintln!("heddle: the guardian is started by `heddle up` only");
+        return ExitCode::from(2);
+    };
+    let report = run(io::stdin(), &Remains { run_dir, cgroup }, &lock);
+    let errors = match report {
+        Ok(report) => report.errors.iter().map(ToString::to_string).collect(),
+        Err(error) => vec![error.to_string()],
+    };
+    for error in &errors {
+        eprintln!("heddle: guardian: {error}");
+    }
+    ExitCode::from(u8::from(!errors.is_empty()))
+}
+
 /// Removes the file unless it is another than the one that this process holds locked.
 fn remove_lock(lock: &Path) -> io::Result<()> {
     let held = fs::metadata(format!("/proc/self/fd/{FIRST_INHERITED}"))?;
@@ -134,7 +163,7 @@ fn remove_lock(lock: &Path) -> io::Result<()> {
 
 fn arguments(remains: &Remains, lock: &Path) -> [OsString; 7] {
     [
-        "guardian".into(),
+        SUBCOMMAND.into(),
         "--run-dir".into(),
         remains.run_dir.clone().into(),
         "--cgroup".into(),

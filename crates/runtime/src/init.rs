@@ -11,7 +11,7 @@ pub(crate) mod program;
 mod root;
 
 use std::{
-    fs, io,
+    env, fs, io,
     os::fd::{AsFd, OwnedFd},
     process::exit,
     thread,
@@ -31,15 +31,25 @@ use nix::{
 use crate::{
     container::spec::{FromInit, InitSpec, ToInit},
     error::{During, Error},
+    exec,
 };
 
+/// The binary's hidden subcommand that [`main`] is the body of.
+pub const SUBCOMMAND: &str = "init";
 /// Exit code when the container could not be built, as container engines have it.
 const BUILD_FAILED: i32 = 125;
 /// Exit code when whoever started the container has gone.
 const ABANDONED: i32 = 128 + 9;
 
-/// Runs as a container's init. Never returns: the exit code is the program's.
+/// Runs as a container's init. Never returns: the exit code is the program's. With [`exec::ARGUMENT`] as
+/// second argument it runs a command in a container that exists.
 pub fn main() -> ! {
+    if env::args_os()
+        .nth(2)
+        .is_some_and(|argument| argument == exec::ARGUMENT)
+    {
+        exec::main();
+    }
     let started = start();
     let socket = io::stdin();
     match started {

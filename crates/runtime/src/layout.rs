@@ -5,7 +5,10 @@
 use std::{
     fs::{self, File, OpenOptions},
     io::{Read, Seek, Write},
-    os::unix::fs::{MetadataExt, PermissionsExt},
+    os::{
+        fd::OwnedFd,
+        unix::fs::{MetadataExt, PermissionsExt},
+    },
     path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
@@ -13,7 +16,10 @@ use std::{
 
 use nix::fcntl::{Flock, FlockArg};
 
-use crate::error::{During, Error};
+use crate::{
+    cleanup::Remains,
+    error::{During, Error},
+};
 
 /// Folder of the run folders of all meshes.
 pub const RUN_DIR: &str = "/run/heddle";
@@ -184,6 +190,17 @@ impl Layout {
     }
 }
 
+impl Layout {
+    /// What `cleanup` removes.
+    #[must_use]
+    pub fn remains(&self) -> Remains {
+        Remains {
+            run_dir: self.run.clone(),
+            cgroup: self.cgroup(),
+        }
+    }
+}
+
 /// Whether `name` may become a file name: a DNS label (RFC 1123).
 pub(crate) fn check_label(what: &'static str, name: &str) -> Result<(), Error> {
     let well_formed = !name.is_empty()
@@ -263,6 +280,23 @@ impl Lock {
             file,
             path: path.into(),
         }))
+    }
+
+    /// A descriptor that shares the lock: it is held as long as any duplicate is open.
+    ///
+    /// # Errors
+    /// Out of descriptors.
+    pub fn share(&self) -> Result<OwnedFd, Error> {
+        let shared = self.file.try_clone();
+        shared
+            .map(OwnedFd::from)
+            .during(|| format!("share the lock {}", self.path.display()))
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Removes the file and gives the lock up: nothing of the mesh is left.

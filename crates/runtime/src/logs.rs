@@ -150,6 +150,14 @@ impl Log {
         receiver
     }
 
+    /// Removes the files. What is written from now on is lost.
+    pub(crate) fn remove(&self) {
+        for path in [&self.inner.path, &rotated(&self.inner.path)] {
+            // The second is there only after a rotation.
+            let _ = fs::remove_file(path);
+        }
+    }
+
     fn rotate(&self, current: &mut Current) -> io::Result<()> {
         fs::rename(&self.inner.path, rotated(&self.inner.path))?;
         current.file = append(&self.inner.path)?;

@@ -11,12 +11,18 @@
 pub mod listeners;
 pub mod relay;
 
-use std::net::SocketAddr;
+use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
+use api::pod::{PodSpec, Resources, RestartPolicy};
 use serde::{Deserialize, Serialize};
 
 /// Most ports that one mesh publishes.
 pub const MAX_PORTS: usize = 256;
+
+/// The binary's hidden subcommand for the relay; its control socket is [`linux::place::inherited`] number 0.
+pub const SUBCOMMAND: &str = "publish-relay";
+/// The relay's pod.
+pub const RELAY_UID: &str = "heddle-system/publish";
 
 /// One port to publish.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,6 +31,33 @@ pub struct PublishedPort {
     pub host_port: u16,
     /// Where connections lead: a service's virtual address, or a replica's address.
     pub target: SocketAddr,
+}
+
+/// The relay's pod: replaced by no workload's, since the namespace is Heddle's own.
+#[must_use]
+pub(crate) fn relay_pod(node: &str) -> PodSpec {
+    PodSpec {
+        uid: RELAY_UID.into(),
+        name: "publish".into(),
+        namespace: "heddle-system".into(),
+        workload: "publish".into(),
+        service_account: "publish".into(),
+        node: node.into(),
+        labels: BTreeMap::from([("app".into(), "publish".into())]),
+        // Init is this program as well, so that this is the file it runs from, wherever that is.
+        command: vec!["/proc/self/exe".into(), SUBCOMMAND.into()],
+        env: BTreeMap::new(),
+        user: Some("65534".into()),
+        working_dir: None,
+        files: BTreeMap::new(),
+        ports: Vec::new(),
+        readiness: None,
+        liveness: None,
+        resources: Resources::default(),
+        restart_policy: RestartPolicy::Always,
+        termination_grace: Duration::from_secs(1),
+        template_hash: env!("CARGO_PKG_VERSION").into(),
+    }
 }
 
 /// What `up` tells the relay.

@@ -51,6 +51,18 @@ pub async fn run(control: OwnedFd) -> Result<(), Error> {
     serve(control, MAX_CONNECTIONS).await
 }
 
+/// Body of the subcommand [`SUBCOMMAND`](super::SUBCOMMAND): [`run`] with the socket that the process inherited.
+///
+/// # Errors
+/// As [`run`]; the process has inherited none.
+pub async fn main() -> Result<(), Error> {
+    let control = linux::place::inherited(0).map_err(|source| seqpacket::Error::Io {
+        what: "take over descriptor 3 from `heddle up`".into(),
+        source,
+    })?;
+    run(control).await
+}
+
 async fn serve(control: OwnedFd, max_connections: usize) -> Result<(), Error> {
     let control = Stream::from_fd(control)?;
     let connections = Connections::new(max_connections);

@@ -13,8 +13,7 @@ use support::{Pod, exits_with, prints};
 
 fn main() {
     match std::env::args().nth(1).as_deref() {
-        Some("init") => runtime::init::main(),
-        Some(exec::SUBCOMMAND) => exec::main(),
+        Some(runtime::init::SUBCOMMAND) => runtime::init::main(),
         Some("run-one-and-wait") => support::run_one_and_wait(),
         _ => {}
     }

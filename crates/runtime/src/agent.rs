@@ -1,0 +1,188 @@
+//! The node agent as a process: started in its node's namespace and cgroup, and again when it dies.
+//!
+//! Its death stops no workload: what it attached to the kernel stays, and its descriptors are kept
+//! (`enroll`). So it is simply started again, at once the first time.
+
+use std::{
+    fs,
+    path::PathBuf,
+    process::{Command, Stdio},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use api::node_config::NodeConfig;
+use linux::{cgroup::Cgroup, netns::Netns, pidfd::PidFd, place::Placement};
+use nix::sys::signal::Signal;
+use tokio::{
+    process::Child,
+    sync::watch,
+    task::JoinHandle,
+    time::{sleep, timeout},
+};
+
+use crate::{
+    backoff::Backoff,
+    error::{During, Error},
+    logs::Log,
+};
+
+/// How long the agent may take to end by itself.
+const GRACE: Duration = Duration::from_secs(5);
+const FIRST_WAIT: Duration = Duration::from_millis(50);
+const LONGEST_WAIT: Duration = Duration::from_secs(10);
+const STABLE_RUN: Duration = Duration::from_secs(10);
+
+/// How an agent stands.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct AgentState {
+    /// Its process id, if it runs.
+    pub pid: Option<u32>,
+    /// How often it was started again.
+    pub restarts: u32,
+    /// How it ended last.
+    pub message: Option<String>,
+}
+
+/// What an agent is started from.
+#[derive(Debug)]
+pub(crate) struct AgentSpec {
+    pub(crate) executable: PathBuf,
+    pub(crate) config: NodeConfig,
+    pub(crate) config_path: PathBuf,
+    pub(crate) netns: Netns,
+    pub(crate) cgroup: Cgroup,
+    pub(crate) log: Log,
+}
+
+/// Keeps one agent running.
+#[derive(Debug)]
+pub(crate) struct Agent {
+    node: String,
+    stop: watch::Sender<bool>,
+    state: watch::Receiver<AgentState>,
+    task: JoinHandle<()>,
+    log: Log,
+}
+
+impl Agent {
+    /// Writes the agent's settings and starts it. Needs a tokio runtime.
+    pub(crate) fn start(spec: AgentSpec) -> Result<Self, Error> {
+        let text =
+            serde_json::to_vec_pretty(&spec.config).during(|| "the agent's settings".into())?;
+        fs::write(&spec.config_path, text)
+            .during(|| format!("write {}", spec.config_path.display()))?;
+        let (stop, stopping) = watch::channel(false);
+        let (state, watched) = watch::channel(AgentState::default());
+        Ok(Self {
+            node: spec.config.node.clone(),
+            stop,
+            state: watched,
+            log: spec.log.clone(),
+            task: tokio::spawn(keep(Arc::new(spec), stopping, state)),
+        })
+    }
+
+    pub(crate) fn state(&self) -> watch::Receiver<AgentState> {
+        self.state.clone()
+    }
+
+    pub(crate) fn log(&self) -> &Log {
+        &self.log
+    }
+
+    /// Ends it for good.
+    pub(crate) async fn stop(self) {
+        self.stop.send_replace(true);
+        if let Err(error) = self.task.await {
+            tracing::warn!(node = self.node, %error, "the agent's keeper failed");
+        }
+    }
+}
+
+async fn keep(
+    spec: Arc<AgentSpec>,
+    mut stopping: watch::Receiver<bool>,
+    state: watch::Sender<AgentState>,
+) {
+    let node = &spec.config.node;
+    let mut backoff = Backoff::new(FIRST_WAIT, LONGEST_WAIT, STABLE_RUN);
+    loop {
+        let started = Instant::now();
+        let message = match spawn(&spec).await {
+            Ok(mut child) => {
+                state.send_modify(|state| state.pid = child.id());
+                tokio::select! {
+                    status = child.wait() => match status {
+                        Ok(status) => format!("ended with {status}"),
+                        Err(error) => error.to_string(),
+                    },
+                    () = told(&mut stopping) => return end(&spec, &mut child).await,
+                }
+            }
+            Err(error) => error.to_string(),
+        };
+        let wait = backoff.after(started.elapsed());
+        tracing::warn!(node, message, ?wait, log = %spec.log.path().display(), "node agent is started again");
+        state.send_modify(|state| {
+            state.pid = None;
+            state.restarts += 1;
+            state.message = Some(message);
+        });
+        tokio::select! {
+            () = sleep(wait) => {}
+            () = told(&mut stopping) => return,
+        }
+    }
+}
+
+/// Returns when the agent is to end; a keeper that is gone means the same.
+async fn told(stopping: &mut watch::Receiver<bool>) {
+    drop(stopping.wait_for(|stop| *stop).await);
+}
+
+/// Forking is blocking work.
+async fn spawn(spec: &Arc<AgentSpec>) -> Result<Child, Error> {
+    let spec = Arc::clone(spec);
+    let output = spec.log.pipe()?;
+    let spawned = tokio::task::spawn_blocking(move || {
+        let failed = || format!("start the agent of node {}", spec.config.node);
+        let mut command = Command::new(&spec.executable);
+        command
+            .arg("node")
+            .arg("--config")
+            .arg(&spec.config_path)
+            .stdin(Stdio::null())
+            .stdout(Stdio::from(output.try_clone().during(failed)?))
+            .stderr(Stdio::from(output))
+            .current_dir("/");
+        Placement::new()
+            .cgroup(spec.cgroup.path())
+            .during(failed)?
+            .netns(&spec.netns)
+            .apply(&mut command);
+        tokio::process::Command::from(command)
+            .spawn()
+            .during(failed)
+    });
+    spawned
+        .await
+        .map_err(|error| Error::Container(error.to_string()))?
+}
+
+async fn end(spec: &AgentSpec, child: &mut Child) {
+    if let Some(pidfd) = child.id().and_then(|pid| PidFd::open(pid).ok()) {
+        // One that has just ended needs no signal.
+        let _ = pidfd.signal(Signal::SIGTERM);
+    }
+    if timeout(GRACE, child.wait()).await.is_err() {
+        tracing::warn!(
+            node = spec.config.node,
+            "node agent does not end within {GRACE:?} and is killed"
+        );
+    }
+    // Also what it started.
+    if let Err(error) = spec.cgroup.kill() {
+        tracing::warn!(node = spec.config.node, %error, "node agent cannot be killed");
+    }
+}
