@@ -27,6 +27,9 @@ use self::{
 };
 use crate::{expand::Replica, publish::PublishService, selector::SelectorIndex, store::Store};
 
+/// Virtual addresses of services by `NAMESPACE/NAME`; empty for headless ones.
+pub(crate) type Addresses = BTreeMap<String, Vec<IpAddr>>;
+
 /// A resource's name and its encoded message.
 pub(crate) type Resource = (String, Bytes);
 
@@ -46,7 +49,7 @@ pub(crate) struct Compiled {
 pub(crate) fn compile(
     mesh: &MeshConfig,
     store: &Store,
-    addresses: &BTreeMap<String, Vec<IpAddr>>,
+    addresses: &Addresses,
     publish: &[PublishService],
     replicas: &BTreeMap<String, Replica>,
 ) -> Compiled {

@@ -5,7 +5,6 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
-    net::IpAddr,
     sync::Arc,
 };
 
@@ -25,7 +24,7 @@ use xds::{
 use crate::{
     check,
     compile::{
-        self, Compiled,
+        self, Addresses, Compiled,
         service::{self, as_service},
         workload::{ReplicaState, resource_name},
     },
@@ -195,7 +194,7 @@ impl Engine {
     fn assign_addresses(
         &mut self,
         publish: &[PublishService],
-    ) -> (BTreeMap<String, Vec<IpAddr>>, Vec<(ObjectRef, Problem)>) {
+    ) -> (Addresses, Vec<(ObjectRef, Problem)>) {
         let written: BTreeMap<String, &Arc<Located>> = self
             .store
             .iter(as_service)
@@ -230,7 +229,7 @@ impl Engine {
                         problems.push((located.object.reference(), problem));
                     }
                     None => {
-                        tracing::error!(service = key, %error, "published ports of a workload do not work")
+                        tracing::error!(service = key, %error, "published ports of a workload do not work");
                     }
                 }
             }
@@ -263,12 +262,7 @@ impl Engine {
         }
     }
 
-    fn announce(
-        &self,
-        problems: Vec<Problem>,
-        addresses: &BTreeMap<String, Vec<IpAddr>>,
-        publish: &[PublishService],
-    ) {
+    fn announce(&self, problems: Vec<Problem>, addresses: &Addresses, publish: &[PublishService]) {
         let pods: Vec<PodSpec> = self
             .replicas
             .values()

@@ -10,6 +10,10 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 pub(crate) struct Placement {
     nodes: Vec<String>,
     placed: BTreeMap<String, Placed>,
+    /// Replicas per node.
+    load: HashMap<usize, usize>,
+    /// Replicas per workload and node.
+    load_of: HashMap<(String, usize), usize>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,6 +32,8 @@ impl Placement {
         Self {
             nodes,
             placed: BTreeMap::new(),
+            load: HashMap::new(),
+            load_of: HashMap::new(),
         }
     }
 
@@ -52,19 +58,33 @@ impl Placement {
             (None, Some(placed)) => placed.node,
             (None, None) => self.least_loaded(workload).ok_or(UnknownNode)?,
         };
-        self.placed.insert(
-            uid.to_owned(),
-            Placed {
-                node,
-                workload: workload.to_owned(),
-            },
-        );
+        let placed = Placed {
+            node,
+            workload: workload.to_owned(),
+        };
+        if self.placed.get(uid) != Some(&placed) {
+            self.remove(uid);
+            *self.load.entry(node).or_default() += 1;
+            *self
+                .load_of
+                .entry((placed.workload.clone(), node))
+                .or_default() += 1;
+            self.placed.insert(uid.to_owned(), placed);
+        }
         self.nodes.get(node).map(String::as_str).ok_or(UnknownNode)
     }
 
     /// Forgets replicas that are not among `wanted`.
     pub(crate) fn retain(&mut self, wanted: &HashSet<&str>) {
-        self.placed.retain(|uid, _| wanted.contains(uid.as_str()));
+        let unwanted: Vec<String> = self
+            .placed
+            .keys()
+            .filter(|uid| !wanted.contains(uid.as_str()))
+            .cloned()
+            .collect();
+        for uid in unwanted {
+            self.remove(&uid);
+        }
     }
 
     /// Nodes by name.
@@ -73,13 +93,29 @@ impl Placement {
     }
 
     fn least_loaded(&self, workload: &str) -> Option<usize> {
-        let mut load: HashMap<usize, (usize, usize)> = HashMap::new();
-        for placed in self.placed.values() {
-            let (same, all) = load.entry(placed.node).or_default();
-            *same += usize::from(placed.workload == workload);
-            *all += 1;
+        (0..self.nodes.len()).min_by_key(|node| {
+            let same = self.load_of.get(&(workload.to_owned(), *node));
+            (
+                same.copied().unwrap_or(0),
+                self.load.get(node).copied().unwrap_or(0),
+            )
+        })
+    }
+
+    fn remove(&mut self, uid: &str) {
+        let Some(placed) = self.placed.remove(uid) else {
+            return;
+        };
+        if let Some(load) = self.load.get_mut(&placed.node) {
+            *load -= 1;
         }
-        (0..self.nodes.len()).min_by_key(|node| load.get(node).copied().unwrap_or_default())
+        let key = (placed.workload, placed.node);
+        if let Some(load) = self.load_of.get_mut(&key) {
+            *load -= 1;
+            if *load == 0 {
+                self.load_of.remove(&key);
+            }
+        }
     }
 }
 

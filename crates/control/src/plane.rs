@@ -23,7 +23,7 @@ use xds::{
 use crate::{
     engine::{Engine, Outputs},
     publish::PublishedPort,
-    source::{self, Scan, watch::follow},
+    source::{self, Scan, watch::Watch},
     status::{self, ControlStatus},
 };
 
@@ -90,6 +90,7 @@ impl ControlPlane {
     /// The folder cannot be listed, or the xDS socket cannot be bound.
     pub async fn start(config: ControlConfig) -> Result<Self, ControlError> {
         let folder = config.source_dir.clone();
+        let watch = Watch::start(&folder);
         let scan = tokio::task::spawn_blocking(move || source::scan(&folder))
             .await
             .map_err(|_| ControlError::Reader)?;
@@ -113,7 +114,7 @@ impl ControlPlane {
         // One: a newer state of the folder makes an older one worthless, so the reader may wait.
         let (scan_sender, scans) = mpsc::channel(1);
         let tasks = Tasks(vec![
-            tokio::spawn(follow(config.source_dir, scan, scan_sender)),
+            tokio::spawn(watch.follow(scan, scan_sender)),
             tokio::spawn(drive(engine, scans, Arc::clone(&reports))),
         ]);
         Ok(Self {

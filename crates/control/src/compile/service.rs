@@ -20,7 +20,7 @@ use xds::proto::{
     },
 };
 
-use super::{Resource, encode_address};
+use super::{Addresses, Resource, encode_address};
 use crate::{
     publish::{PUBLISH_NAMESPACE, PublishService},
     selector::{Labels, SelectorIndex},
@@ -54,7 +54,7 @@ pub(crate) type Services<'a> = BTreeMap<String, ServiceShape<'a>>;
 pub(crate) fn shapes<'a>(
     mesh: &MeshConfig,
     store: &'a Store,
-    addresses: &BTreeMap<String, Vec<IpAddr>>,
+    addresses: &Addresses,
     publish: &'a [PublishService],
 ) -> Services<'a> {
     let written = store.iter(as_service).filter_map(|(_, service)| {

@@ -1,6 +1,7 @@
 //! From text and reports to what is served, without tasks and files.
 
 use std::{
+    net::IpAddr,
     path::PathBuf,
     time::{Duration, Instant},
 };

@@ -1,7 +1,11 @@
 //! When to read the folder again: shortly after the file system says that something changed, and every few
 //! seconds in case it said nothing (network file systems, exhausted inotify watches, a folder that was moved).
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use notify::{RecommendedWatcher, RecursiveMode, Watcher};
 use tokio::{
@@ -16,33 +20,59 @@ const QUIET: Duration = Duration::from_millis(60);
 /// Longest wait if the events never stop.
 const MAX_WAIT: Duration = Duration::from_millis(500);
 /// Time between readings without any event.
-const RESCAN: Duration = Duration::from_secs(3);
+const RESCAN: Duration = Duration::from_secs(5);
 
-/// Sends a scan whenever the folder has changed, until the receiver is gone. `last` is what is known already.
-pub(crate) async fn follow(folder: PathBuf, mut last: Scan, scans: mpsc::Sender<Scan>) {
-    let events = Arc::new(Notify::new());
-    let mut watcher = start_watcher(&folder, &events);
-    loop {
-        tokio::select! {
-            () = wait_for_quiet(&events) => {}
-            () = sleep(RESCAN) => {
+/// Hears of changes from the moment it is made, so that one between the first scan and
+/// [`Watch::follow`] is not missed.
+pub(crate) struct Watch {
+    folder: PathBuf,
+    events: Arc<Notify>,
+    watcher: Option<RecommendedWatcher>,
+}
+
+impl Watch {
+    pub(crate) fn start(folder: &Path) -> Self {
+        let events = Arc::new(Notify::new());
+        let mut watch = Self {
+            folder: folder.to_owned(),
+            watcher: watcher(&events),
+            events,
+        };
+        watch.renew();
+        watch
+    }
+
+    /// Sends a scan whenever the folder differs from `last`, which is what the receiver knows already, until the
+    /// receiver is gone.
+    pub(crate) async fn follow(mut self, mut last: Scan, scans: mpsc::Sender<Scan>) {
+        loop {
+            tokio::select! {
+                () = wait_for_quiet(&self.events) => {}
                 // The folder itself may have been replaced, which ends the old watch.
-                if let Some(watcher) = &mut watcher {
-                    let _ = watcher.unwatch(&folder);
-                    let _ = watcher.watch(&folder, RecursiveMode::Recursive);
+                () = sleep(RESCAN) => self.renew(),
+                () = scans.closed() => return,
+            }
+            let folder = self.folder.clone();
+            let Ok(current) = tokio::task::spawn_blocking(move || scan(&folder)).await else {
+                continue;
+            };
+            if current != last {
+                last = current.clone();
+                if scans.send(current).await.is_err() {
+                    return;
                 }
             }
-            () = scans.closed() => return,
         }
-        let path = folder.clone();
-        let Ok(current) = tokio::task::spawn_blocking(move || scan(&path)).await else {
-            continue;
+    }
+
+    fn renew(&mut self) {
+        let Some(watcher) = &mut self.watcher else {
+            return;
         };
-        if current != last {
-            last = current.clone();
-            if scans.send(current).await.is_err() {
-                return;
-            }
+        // Fails if nothing is watched yet, or no longer: that is what the next line is for.
+        let _ = watcher.unwatch(&self.folder);
+        if let Err(error) = watcher.watch(&self.folder, RecursiveMode::Recursive) {
+            tracing::debug!(%error, folder = %self.folder.display(), "cannot watch the folder: changes apply within {RESCAN:?} instead of at once");
         }
     }
 }
@@ -58,7 +88,7 @@ async fn wait_for_quiet(events: &Notify) {
     }
 }
 
-fn start_watcher(folder: &std::path::Path, events: &Arc<Notify>) -> Option<RecommendedWatcher> {
+fn watcher(events: &Arc<Notify>) -> Option<RecommendedWatcher> {
     let sender = Arc::clone(events);
     let handler = move |event: notify::Result<notify::Event>| {
         // Reading the files is an event too; answering it would never end.
@@ -66,13 +96,9 @@ fn start_watcher(folder: &std::path::Path, events: &Arc<Notify>) -> Option<Recom
             sender.notify_one();
         }
     };
-    let started = notify::recommended_watcher(handler).and_then(|mut watcher| {
-        watcher.watch(folder, RecursiveMode::Recursive)?;
-        Ok(watcher)
-    });
-    started
+    notify::recommended_watcher(handler)
         .inspect_err(|error| {
-            tracing::warn!(%error, folder = %folder.display(), "cannot watch the folder: changes apply within {RESCAN:?} instead of at once");
+            tracing::warn!(%error, "cannot watch folders: changes apply within {RESCAN:?} instead of at once");
         })
         .ok()
 }

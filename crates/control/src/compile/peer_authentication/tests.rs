@@ -29,8 +29,11 @@ fn with_ports(mut policy: PeerAuthentication, ports: &[(u16, MtlsMode)]) -> Peer
     policy
 }
 
+/// Ports that a match names, and those that it excludes.
+type Ports = (Vec<u32>, Vec<u32>);
+
 /// What the workload `app: web` in namespace `shop` lists, and the clauses of a policy made for ports.
-fn effective(policies: &[PeerAuthentication]) -> (Option<String>, Option<(Vec<u32>, Vec<u32>)>) {
+fn effective(policies: &[PeerAuthentication]) -> (Option<String>, Option<Ports>) {
     let mesh = MeshConfig::default();
     let all = PeerAuthentications::new(&mesh, policies.iter());
     let spec = PodSpec {
