@@ -24,6 +24,9 @@ pub const SUBCOMMAND: &str = "publish-relay";
 /// The relay's pod.
 pub const RELAY_UID: &str = "heddle-system/publish";
 
+/// Namespace of Heddle's own pods.
+pub const NAMESPACE: &str = "heddle-system";
+
 /// One port to publish.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PublishedPort {
@@ -35,11 +38,11 @@ pub struct PublishedPort {
 
 /// The relay's pod: replaced by no workload's, since the namespace is Heddle's own.
 #[must_use]
-pub(crate) fn relay_pod(node: &str) -> PodSpec {
+pub fn relay_pod(node: &str) -> PodSpec {
     PodSpec {
         uid: RELAY_UID.into(),
         name: "publish".into(),
-        namespace: "heddle-system".into(),
+        namespace: NAMESPACE.into(),
         workload: "publish".into(),
         service_account: "publish".into(),
         node: node.into(),

@@ -72,6 +72,8 @@ pub struct RuntimeConfig {
 pub struct Runtime {
     shared: Arc<Shared>,
     wanted: Mutex<Wanted>,
+    /// Tasks are started on it, whatever thread asks for them.
+    tokio: tokio::runtime::Handle,
 }
 
 #[derive(Debug, Default)]
@@ -132,6 +134,7 @@ impl Runtime {
         Ok(Self {
             shared: Arc::new(shared),
             wanted: Mutex::default(),
+            tokio: tokio::runtime::Handle::current(),
         })
     }
 
@@ -175,6 +178,7 @@ impl Runtime {
     /// # Errors
     /// [`Error::Unknown`].
     pub fn logs(&self, uid: &str, follow: bool) -> Result<mpsc::Receiver<Vec<u8>>, Error> {
+        let _entered = self.tokio.enter();
         let pods = lock(&self.shared.pods);
         let pod = pods.get(uid).ok_or_else(|| unknown("pod", uid))?;
         Ok(pod.log().read(follow))
@@ -235,6 +239,7 @@ impl Runtime {
     }
 
     fn apply(&self, wanted: &Wanted) {
+        let _entered = self.tokio.enter();
         let relay = wanted.relay.then(|| self.relay()).flatten();
         let pods = if wanted.stopping {
             &[][..]

@@ -1,4 +1,5 @@
 //! The fabric on a real kernel: pods on two nodes reach each other, quickly made, nothing left behind.
+#![allow(clippy::unwrap_used)] // A failed test is what a panic is for.
 
 use std::{
     io::{Read, Write},
