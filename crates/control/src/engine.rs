@@ -48,6 +48,8 @@ pub(crate) struct Engine {
     /// Replicas that should run, and those that may still be running.
     replicas: BTreeMap<String, Replica>,
     wanted: HashSet<String>,
+    /// Replicas that somebody else asks the runtime for, and that have an identity like all others.
+    system: Vec<PodSpec>,
     statuses: HashMap<String, PodStatus>,
     compiled: Compiled,
     /// The version of each object that was last compiled, and the cache's generation that first had it.
@@ -79,6 +81,7 @@ impl Engine {
     pub(crate) fn new(
         mesh: MeshConfig,
         nodes: Vec<String>,
+        system: Vec<PodSpec>,
         cache: Cache,
         outputs: Outputs,
     ) -> Self {
@@ -90,6 +93,7 @@ impl Engine {
             placement: Placement::new(nodes),
             replicas: BTreeMap::new(),
             wanted: HashSet::new(),
+            system,
             statuses: HashMap::new(),
             compiled: Compiled::default(),
             in_effect: BTreeMap::new(),
@@ -179,6 +183,13 @@ impl Engine {
     fn expand(&mut self) -> Vec<Problem> {
         let running: HashSet<&str> = self.statuses.keys().map(String::as_str).collect();
         let (mut replicas, problems) = expand::expand(&self.store, &mut self.placement, &running);
+        for spec in &self.system {
+            let replica = Replica {
+                spec: spec.clone(),
+                weight: 1,
+            };
+            replicas.insert(spec.uid.clone(), replica);
+        }
         self.wanted = replicas.keys().cloned().collect();
         // Those that are to go stay known until the runtime has forgotten them, so that they can drain.
         for (uid, replica) in std::mem::take(&mut self.replicas) {
@@ -266,8 +277,10 @@ impl Engine {
         let pods: Vec<PodSpec> = self
             .replicas
             .values()
-            .filter(|replica| self.wanted.contains(&replica.spec.uid))
-            .map(|replica| replica.spec.clone())
+            .map(|replica| &replica.spec)
+            .filter(|spec| self.wanted.contains(&spec.uid))
+            .filter(|spec| !self.system.iter().any(|system| system.uid == spec.uid))
+            .cloned()
             .collect();
         let published: Vec<PublishedPort> = publish
             .iter()

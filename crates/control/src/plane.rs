@@ -38,6 +38,8 @@ pub struct ControlConfig {
     pub nodes: Vec<String>,
     /// Where xDS is served.
     pub xds_socket: PathBuf,
+    /// Heddle's own replicas: not in the folder and not asked for here, but part of the mesh once they are reported.
+    pub system_pods: Vec<PodSpec>,
 }
 
 /// Why a control plane does not start.
@@ -104,6 +106,7 @@ impl ControlPlane {
         let mut engine = Engine::new(
             config.mesh,
             config.nodes.clone(),
+            config.system_pods,
             cache.clone(),
             outputs.clone(),
         );

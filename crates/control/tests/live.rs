@@ -264,6 +264,7 @@ fn config(source: &Path, run: &Path) -> ControlConfig {
         mesh: MeshConfig::default(),
         nodes: vec!["n1".into(), "n2".into()],
         xds_socket: run.join("xds.sock"),
+        system_pods: vec![],
     }
 }
 
@@ -294,6 +295,7 @@ impl Mesh {
         // The old one must be gone before the new one can have the socket.
         let placeholder = ControlPlane::start(ControlConfig {
             xds_socket: self.run.path().join("other.sock"),
+            system_pods: vec![],
             ..config.clone()
         });
         let old = std::mem::replace(&mut self.control, placeholder.await.unwrap());

@@ -50,7 +50,13 @@ impl Mesh {
     fn new(text: &str) -> Self {
         let (cache, outputs) = (Cache::new(), Outputs::default());
         let nodes = vec!["n1".to_owned(), "n2".to_owned()];
-        let engine = Engine::new(MeshConfig::default(), nodes, cache.clone(), outputs.clone());
+        let engine = Engine::new(
+            MeshConfig::default(),
+            nodes,
+            vec![],
+            cache.clone(),
+            outputs.clone(),
+        );
         let mut mesh = Self {
             engine,
             cache,
