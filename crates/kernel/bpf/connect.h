@@ -54,7 +54,8 @@ static __always_inline void report_refusal(struct bpf_sock_addr *ctx, const stru
 }
 
 /* Returns 1 with *d to apply, or 0 after having refused. *d holds the asked-for address on entry. */
-static __always_inline int route_socket(struct bpf_sock_addr *ctx, struct decision *d)
+static __always_inline int route_socket(struct bpf_sock_addr *ctx, enum call call,
+					struct decision *d)
 {
 	struct bpf_sock *socket = ctx->sk;
 	__u8 protocol = CONTEXT_READ(ctx, type) == 1 ? IPPROTO_TCP : IPPROTO_UDP;
@@ -75,7 +76,7 @@ static __always_inline int route_socket(struct bpf_sock_addr *ctx, struct decisi
 		state->flags = SOCKET_ADMITTED | SOCKET_LOCAL | SOCKET_CLIENT;
 		return 1;
 	}
-	decide(state, protocol, d, &grant);
+	decide(state, call, protocol, d, &grant);
 	if (d->action == ACTION_DENY) {
 		state->flags = 0;
 		report_refusal(ctx, d, &grant, protocol, state->socket_class);
@@ -92,25 +93,25 @@ static __always_inline int route_socket(struct bpf_sock_addr *ctx, struct decisi
 	return 1;
 }
 
-static __always_inline int route_v4(struct bpf_sock_addr *ctx)
+static __always_inline int route_v4(struct bpf_sock_addr *ctx, enum call call)
 {
 	struct decision d = {};
 
 	address_from_v4(&d.destination, CONTEXT_READ(ctx, user_ip4));
 	d.port = bpf_ntohs((__u16)CONTEXT_READ(ctx, user_port));
-	if (!route_socket(ctx, &d))
+	if (!route_socket(ctx, call, &d))
 		return 0;
 	write_v4(ctx, &d.destination, d.port);
 	return 1;
 }
 
-static __always_inline int route_v6(struct bpf_sock_addr *ctx)
+static __always_inline int route_v6(struct bpf_sock_addr *ctx, enum call call)
 {
 	struct decision d = {};
 
 	read_v6(&d.destination, ctx);
 	d.port = bpf_ntohs((__u16)CONTEXT_READ(ctx, user_port));
-	if (!route_socket(ctx, &d))
+	if (!route_socket(ctx, call, &d))
 		return 0;
 	write_v6(ctx, &d.destination, d.port);
 	return 1;
@@ -119,25 +120,25 @@ static __always_inline int route_v6(struct bpf_sock_addr *ctx)
 SEC("cgroup/connect4")
 int heddle_connect4(struct bpf_sock_addr *ctx)
 {
-	return route_v4(ctx);
+	return route_v4(ctx, CALL_CONNECT);
 }
 
 SEC("cgroup/connect6")
 int heddle_connect6(struct bpf_sock_addr *ctx)
 {
-	return route_v6(ctx);
+	return route_v6(ctx, CALL_CONNECT);
 }
 
 SEC("cgroup/sendmsg4")
 int heddle_sendmsg4(struct bpf_sock_addr *ctx)
 {
-	return route_v4(ctx);
+	return route_v4(ctx, CALL_SENDMSG);
 }
 
 SEC("cgroup/sendmsg6")
 int heddle_sendmsg6(struct bpf_sock_addr *ctx)
 {
-	return route_v6(ctx);
+	return route_v6(ctx, CALL_SENDMSG);
 }
 
 /* The state whose original address should be shown instead of the real one, or null. */

@@ -125,6 +125,17 @@ static __always_inline __u16 resolve_service(__u32 workload, __u8 protocol, stru
 	return REASON_NONE;
 }
 
+/* A connected UDP socket may never send: resolvers connect one only to learn which source address an
+ * answer would be reached from. It is led to the workload itself, where nothing listens on port 0. */
+static __always_inline void park(struct decision *d, const struct workload_entry *self)
+{
+	d->destination = address_is_v4(&d->destination) ? self->v4 : self->v6;
+	d->port = 0;
+	d->action = ACTION_DIRECT;
+	d->reason = REASON_UDP_NOT_CARRIED;
+	d->local = 1;
+}
+
 static __always_inline void redirect_to_own(struct decision *d, const struct workload_entry *self,
 					    __u32 workload, __u32 kind, __u16 missing)
 {
@@ -137,8 +148,14 @@ static __always_inline void redirect_to_own(struct decision *d, const struct wor
 	d->local = 1;
 }
 
+/* What asks for a decision. */
+enum call {
+	CALL_CONNECT,
+	CALL_SENDMSG,
+};
+
 /* Decides a connection (or datagram) of `state`'s socket to d->destination:d->port. */
-static __always_inline void decide(const struct socket_state *state, __u8 protocol,
+static __always_inline void decide(const struct socket_state *state, enum call call, __u8 protocol,
 				   struct decision *d, struct grant *grant)
 {
 	__u32 workload = state->workload;
@@ -174,6 +191,8 @@ static __always_inline void decide(const struct socket_state *state, __u8 protoc
 	}
 	if (protocol == IPPROTO_UDP) {
 		d->reason = REASON_UDP_NOT_CARRIED;
+		if (call == CALL_CONNECT)
+			park(d, self);
 		return;
 	}
 	d->reason = resolve_service(workload, protocol, d, grant);

@@ -11,13 +11,11 @@ use std::{
 use api::{
     enroll::{EnrolledWorkload, FromAgent},
     mesh::MeshConfig,
-    pod::Protocol,
 };
 use arc_swap::ArcSwap;
 use linux::{netns::Netns, seqpacket::Stream};
 use nix::sched::{CloneFlags, setns};
 use telemetry::Registry;
-use xds::proto::heddle;
 
 use crate::{
     NodeError,
@@ -192,22 +190,16 @@ fn split_name(resource: &str) -> Option<(&str, &str)> {
 
 fn dns_service(service: &Service) -> DnsService {
     let options = &service.options;
-    let ports = service.message.ports.iter().filter_map(|port| {
-        let number = port.service_port;
-        let protocols = options.port_protocols.iter();
-        let protocol = protocols.filter(|other| other.service_port == number);
-        let udp = protocol
-            .map(heddle::PortProtocol::protocol)
-            .any(|p| p == heddle::Protocol::Udp);
-        let name = options
+    let ports = service.ports().map(|(port, protocol)| {
+        let named = options
             .port_names
             .iter()
-            .find(|other| other.service_port == number);
-        Some(DnsPort {
-            name: name.map(|name| name.name.clone()),
-            port: u16::try_from(number).ok()?,
-            protocol: if udp { Protocol::Udp } else { Protocol::Tcp },
-        })
+            .find(|other| other.service_port == u32::from(port));
+        DnsPort {
+            name: named.map(|named| named.name.clone()),
+            port,
+            protocol,
+        }
     });
     DnsService {
         namespace: service.message.namespace.clone(),

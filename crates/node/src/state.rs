@@ -7,6 +7,7 @@ use std::{
     sync::Arc,
 };
 
+use api::pod::Protocol;
 use prost::Message;
 use xds::{
     client::{Update, Upsert},
@@ -278,6 +279,20 @@ impl Workload {
 }
 
 impl Service {
+    /// Ports with their transport: the API's own list says nothing of it, so Heddle's runs beside it.
+    pub(crate) fn ports(&self) -> impl Iterator<Item = (u16, Protocol)> {
+        let numbers = self.message.ports.iter().map(|port| port.service_port);
+        numbers.enumerate().filter_map(|(index, number)| {
+            let beside = self.options.port_protocols.get(index);
+            let beside = beside.filter(|beside| beside.service_port == number);
+            let protocol = match beside.map(heddle::PortProtocol::protocol) {
+                Some(heddle::Protocol::Udp) => Protocol::Udp,
+                _ => Protocol::Tcp,
+            };
+            Some((u16::try_from(number).ok()?, protocol))
+        })
+    }
+
     fn decode(message: workload::Service) -> Result<Self, String> {
         let vips = message
             .addresses

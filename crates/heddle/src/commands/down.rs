@@ -33,7 +33,7 @@ pub(super) async fn run(common: Common) -> anyhow::Result<ExitCode> {
     let found = was_running || !report.is_empty();
     match common.output {
         Output::Json => {
-            output::json(&serde_json::json!({ "mesh": common.mesh, "stopped": found }))?
+            output::json(&serde_json::json!({ "mesh": common.mesh, "stopped": found }))?;
         }
         Output::Table if found => println!("mesh `{}` is down", common.mesh),
         Output::Table => println!("mesh `{}` is not running", common.mesh),

@@ -1,6 +1,9 @@
 //! The flow records of all nodes as one stream. With `follow`, an agent that is restarted is found again.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use api::report::FlowRecord;
@@ -57,7 +60,7 @@ async fn forward(
 }
 
 async fn copy(
-    socket: &PathBuf,
+    socket: &Path,
     follow: bool,
     sender: &mpsc::Sender<anyhow::Result<Bytes>>,
 ) -> anyhow::Result<()> {

@@ -5,17 +5,18 @@
 
 use std::collections::{HashMap, HashSet};
 
+use api::pod::Protocol;
 use kernel::{
     Address, EndpointEntry, KernelError, ServiceEntry, ServiceKey, SlotEntry, SlotKey, Tables,
 };
-use xds::proto::{heddle, workload::load_balancing};
+use xds::proto::workload::load_balancing;
 
 use super::ApplyError;
 use crate::{
     alias,
     ids::Ids,
     names::NameBook,
-    state::{MeshState, Service, Workload},
+    state::{MeshState, Workload},
 };
 
 const TCP: u8 = 6;
@@ -183,14 +184,14 @@ fn wanted_ports(state: &MeshState, node: &str, name: &str) -> Wanted {
     };
     let mut wanted = HashMap::new();
     for vip in &service.vips {
-        for port in &service.message.ports {
-            let Ok(number) = u16::try_from(port.service_port) else {
-                continue;
-            };
+        for (number, protocol) in service.ports() {
             let key = ServiceKey {
                 address: (*vip).into(),
                 port: number,
-                protocol: protocol(service, port.service_port),
+                protocol: match protocol {
+                    Protocol::Tcp => TCP,
+                    Protocol::Udp => UDP,
+                },
                 padding: 0,
             };
             let endpoints = endpoints(state, node, name, number, vip.is_ipv6());
@@ -252,17 +253,6 @@ fn target_port(workload: &Workload, service: &str, port: u16) -> Option<u16> {
         .iter()
         .find(|other| other.service_port == u32::from(port))?;
     u16::try_from(found.target_port).ok()
-}
-
-fn protocol(service: &Service, port: u32) -> u8 {
-    let mut protocols = service.options.port_protocols.iter();
-    match protocols
-        .find(|other| other.service_port == port)
-        .map(heddle::PortProtocol::protocol)
-    {
-        Some(heddle::Protocol::Udp) => UDP,
-        _ => TCP,
-    }
 }
 
 fn display_name(state: &MeshState, name: &str) -> String {

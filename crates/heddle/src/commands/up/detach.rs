@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, ExitCode, Stdio},
     time::{Duration, Instant},
 };
@@ -39,7 +39,7 @@ fn log_file(mesh: &str) -> anyhow::Result<PathBuf> {
     Ok(folder.join(format!("{mesh}.log")))
 }
 
-fn spawn(args: &UpArgs, log: &PathBuf) -> anyhow::Result<Child> {
+fn spawn(args: &UpArgs, log: &Path) -> anyhow::Result<Child> {
     let file = File::create(log).with_context(|| format!("cannot create {}", log.display()))?;
     let mut command =
         Command::new(std::env::current_exe().context("cannot find this program's own file")?);
@@ -65,7 +65,7 @@ fn spawn(args: &UpArgs, log: &PathBuf) -> anyhow::Result<Child> {
         .context("cannot start the mesh in the background")
 }
 
-async fn wait(args: &UpArgs, child: &mut Child, log: &PathBuf) -> anyhow::Result<ExitCode> {
+async fn wait(args: &UpArgs, child: &mut Child, log: &Path) -> anyhow::Result<ExitCode> {
     let socket = Layout::new(&args.common.mesh)?.api_socket();
     let progress = progress_bar();
     let deadline = Instant::now() + Duration::from_secs(args.timeout);
@@ -108,7 +108,7 @@ fn finish(
     args: &UpArgs,
     mesh: &MeshStatus,
     is_ready: bool,
-    log: &PathBuf,
+    log: &Path,
 ) -> anyhow::Result<ExitCode> {
     match args.common.output {
         Output::Json => output::json(mesh)?,
