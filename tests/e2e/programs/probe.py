@@ -1,0 +1,267 @@
+"""What the tests run as a client inside a workload: python3 probe.py COMMAND ARGUMENT...
+
+Every command prints JSON, one document per line. A try to connect is told as it looked from the
+program: the name of the errno or null, milliseconds, what getpeername() says, the server's greeting.
+"""
+
+import ctypes
+import errno
+import json
+import os
+import socket
+import struct
+import sys
+import threading
+import time
+
+PATIENCE = 3.0
+RECORDS = {"A": 1, "PTR": 12, "AAAA": 28, "SRV": 33}
+FREEBIND = {socket.AF_INET: (socket.IPPROTO_IP, 15), socket.AF_INET6: (socket.IPPROTO_IPV6, 78)}
+
+
+def say(document):
+    print(json.dumps(document), flush=True)
+
+
+def name_of(error):
+    if isinstance(error, socket.gaierror):
+        return "gaierror"
+    if isinstance(error, TimeoutError):
+        return "ETIMEDOUT"
+    return errno.errorcode.get(error.errno, str(error))
+
+
+# --- Connecting ------------------------------------------------------------------------------------
+
+
+def target(family, host, port):
+    """(family, address) for `any`, `4`, `6`, or `mapped`: IPv4 through an IPv6 socket."""
+    if family == "mapped":
+        _, address = target("4", host, port)
+        return socket.AF_INET6, ("::ffff:" + address[0], port)
+    wanted = {"any": 0, "4": socket.AF_INET, "6": socket.AF_INET6}[family]
+    found = socket.getaddrinfo(host, port, wanted, socket.SOCK_STREAM)[0]
+    return found[0], found[4]
+
+
+def exchange(sock, address):
+    """Connects, takes the greeting, and sees one line come back."""
+    sock.connect(address)
+    stream = sock.makefile("rwb")
+    greeting = json.loads(stream.readline() or b"null")
+    stream.write(b"ping\n")
+    stream.flush()
+    if greeting is None or stream.readline() != b"ping\n":
+        raise ConnectionResetError(errno.ECONNRESET, "the server sent nothing back")
+    return greeting
+
+
+def attempt(family, host, port, source=None):
+    result = {"error": None, "milliseconds": 0.0, "peer": None, "greeting": None}
+    started = time.monotonic()
+    try:
+        family, address = target(family, host, port)
+        with socket.socket(family, socket.SOCK_STREAM) as sock:
+            sock.settimeout(PATIENCE)
+            if source:
+                sock.setsockopt(*FREEBIND[family], 1)
+                sock.bind((source, 0))
+            started = time.monotonic()
+            result["greeting"] = exchange(sock, address)
+            result["peer"] = sock.getpeername()[0]
+    except OSError as error:
+        result["error"] = name_of(error)
+    result["milliseconds"] = (time.monotonic() - started) * 1000
+    return result
+
+
+def connect(family, host, port, count="1"):
+    for _ in range(int(count)):
+        say(attempt(family, host, int(port)))
+
+
+def spoof(family, source, host, port):
+    """Connects from an address that is another's."""
+    say(attempt(family, host, int(port), source))
+
+
+def loop(host, port):
+    """Connects again and again until standard input ends, and at least once after that."""
+    ended = threading.Event()
+    threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
+    total, errors = 0, {}
+    say("started")
+    last = False
+    while not last:
+        last = ended.is_set()
+        error = attempt("any", host, int(port))["error"]
+        total += 1
+        if error:
+            errors[error] = errors.get(error, 0) + 1
+    say({"total": total, "errors": errors})
+
+
+def hold(host, port):
+    """Keeps one connection: sends every line of standard input over it and prints what comes back."""
+    family, address = target("any", host, int(port))
+    sock = socket.create_connection(address[:2], PATIENCE)
+    stream = sock.makefile("rwb")
+    say(json.loads(stream.readline()))
+    for line in sys.stdin:
+        stream.write(line.encode())
+        stream.flush()
+        say(stream.readline().decode())
+
+
+# --- Names -----------------------------------------------------------------------------------------
+
+
+def resolve(host):
+    """What getaddrinfo() finds, as most programs ask."""
+    started = time.monotonic()
+    try:
+        found = sorted({item[4][0] for item in socket.getaddrinfo(host, None)})
+        answer = {"addresses": found, "error": None}
+    except OSError as error:
+        answer = {"addresses": [], "error": name_of(error)}
+    say({**answer, "milliseconds": (time.monotonic() - started) * 1000})
+
+
+def dns(transport, name, kind, server=None):
+    """One question to the name server, and the records of the answer as text."""
+    server = server or nameserver()
+    labels = b"".join(bytes([len(part)]) + part.encode() for part in name.rstrip(".").split("."))
+    query = struct.pack("!6H", 4711, 0x0100, 1, 0, 0, 0) + labels + b"\0"
+    query += struct.pack("!2H", RECORDS[kind], 1)
+    started = time.monotonic()
+    reply = ask(transport, server, query)
+    rcode, records = read_reply(reply)
+    milliseconds = (time.monotonic() - started) * 1000
+    say({"rcode": rcode, "records": sorted(records), "milliseconds": milliseconds})
+
+
+def nameserver():
+    with open("/etc/resolv.conf") as conf:
+        return next(line.split()[1] for line in conf if line.startswith("nameserver"))
+
+
+def ask(transport, server, query):
+    if transport == "udp":
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(20)
+            sock.sendto(query, (server, 53))
+            reply, sender = sock.recvfrom(65535)
+            assert sender[0] == server, f"the answer came from {sender}, not from {server}"
+            return reply
+    with socket.create_connection((server, 53), 20) as sock:
+        stream = sock.makefile("rwb")
+        stream.write(struct.pack("!H", len(query)) + query)
+        stream.flush()
+        return stream.read(struct.unpack("!H", stream.read(2))[0])
+
+
+def read_reply(reply):
+    _, flags, questions, answers, _, _ = struct.unpack("!6H", reply[:12])
+    at = 12
+    for _ in range(questions):
+        _, at = read_name(reply, at)
+        at += 4
+    records = []
+    for _ in range(answers):
+        _, at = read_name(reply, at)
+        kind, _, _, length = struct.unpack("!2HIH", reply[at : at + 10])
+        at += 10
+        records.append(read_record(reply, kind, at, length))
+        at += length
+    return flags & 15, records
+
+
+def read_record(reply, kind, at, length):
+    data = reply[at : at + length]
+    if kind == RECORDS["A"]:
+        return socket.inet_ntop(socket.AF_INET, data)
+    if kind == RECORDS["AAAA"]:
+        return socket.inet_ntop(socket.AF_INET6, data)
+    if kind == RECORDS["SRV"]:
+        port = struct.unpack("!H", data[4:6])[0]
+        return f"{port} {read_name(reply, at + 6)[0]}"
+    if kind == RECORDS["PTR"]:
+        return read_name(reply, at)[0]
+    return f"type {kind}"
+
+
+def read_name(reply, at):
+    """A name and where it ends, its pointers followed (RFC 1035, 4.1.4)."""
+    parts = []
+    while reply[at]:
+        if reply[at] >= 0xC0:
+            pointer = struct.unpack("!H", reply[at : at + 2])[0] & 0x3FFF
+            return ".".join(parts + [read_name(reply, pointer)[0]]).rstrip("."), at + 2
+        parts.append(reply[at + 1 : at + 1 + reply[at]].decode())
+        at += 1 + reply[at]
+    return ".".join(parts), at + 1
+
+
+# --- Ways around -----------------------------------------------------------------------------------
+
+
+def errno_of(action):
+    try:
+        action()
+        return None
+    except OSError as error:
+        return name_of(error)
+
+
+def make_socket(family, kind, protocol):
+    """Whether a socket can be made at all; the arguments are numbers."""
+    say(errno_of(lambda: socket.socket(int(family), int(kind), int(protocol)).close()))
+
+
+def datagram(host, port):
+    """sendto() without connect()."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        say(errno_of(lambda: sock.sendto(b"hello", (host, int(port)))))
+
+
+def call(name, *arguments):
+    """A function of the C library with numbers as arguments."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    result = getattr(libc, name)(*(ctypes.c_long(int(argument)) for argument in arguments))
+    say(errno.errorcode[ctypes.get_errno()] if result == -1 else None)
+
+
+def relisten(host, port, own_port):
+    """Connects, dissolves the connection with connect(AF_UNSPEC), and listens with the same socket.
+
+    Prints `listening`; when standard input ends, the addresses of all who got in.
+    """
+    sock = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind(("::", int(own_port)))
+    sock.settimeout(PATIENCE)
+    exchange(sock, target("mapped", host, int(port))[1])
+    libc = ctypes.CDLL(None, use_errno=True)
+    unspecified = struct.pack("=H26x", socket.AF_UNSPEC)
+    if libc.connect(sock.fileno(), unspecified, len(unspecified)) != 0:
+        raise OSError(ctypes.get_errno(), "connect(AF_UNSPEC)")
+    sock.listen()
+    accepted = []
+    threading.Thread(target=greet_all, args=(sock, accepted), daemon=True).start()
+    say("listening")
+    sys.stdin.read()
+    say(accepted)
+
+
+def greet_all(sock, accepted):
+    sock.settimeout(None)
+    while True:
+        peer, address = sock.accept()
+        accepted.append(address[0].removeprefix("::ffff:"))
+        greeting = {"pod": os.environ["HOSTNAME"], "peer": accepted[-1], "address": ""}
+        peer.sendall(json.dumps(greeting).encode() + b"\n" + b"ping\n")
+
+
+COMMANDS = [connect, spoof, loop, hold, resolve, dns, make_socket, datagram, call, relisten]
+{command.__name__: command for command in COMMANDS}[sys.argv[1]](*sys.argv[2:])
