@@ -12,7 +12,10 @@ use ipnet::IpNet;
 use linux::netns::Netns;
 use rtnetlink::{
     Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
-    packet_route::link::{BridgeStpState, InfoBridge, InfoData, InfoVeth, LinkAttribute},
+    packet_route::{
+        address::AddressHeaderFlags,
+        link::{BridgeStpState, InfoBridge, InfoData, InfoVeth, LinkAttribute},
+    },
 };
 use tokio::task::AbortHandle;
 
@@ -105,18 +108,17 @@ impl Links {
         deleted.during(|| format!("delete interface {index}"))
     }
 
+    /// The address can be bound when this returns. Without the flag an IPv6 address is tentative until the kernel
+    /// has come round to see that duplicates are not to be looked for.
     pub(super) async fn address(
         &self,
         index: u32,
         address: IpAddr,
         prefix: u8,
     ) -> Result<(), Error> {
-        let added = self
-            .handle
-            .address()
-            .add(index, address, prefix)
-            .execute()
-            .await;
+        let mut request = self.handle.address().add(index, address, prefix);
+        request.message_mut().header.flags |= AddressHeaderFlags::Nodad;
+        let added = request.execute().await;
         added.during(|| format!("add address {address}/{prefix} to interface {index}"))
     }
 
