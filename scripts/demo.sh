@@ -77,7 +77,7 @@ show_flows() {
 
 watch_flows() {
     local shown
-    shown=$(timeout --foreground 4 "$heddle" flows --mesh "$mesh" -f || true)
+    shown=$(timeout --foreground 4 "$heddle" flows --mesh "$mesh" -f --since 1s || true)
     head -n 25 <<<"$shown"
     [ -n "$shown" ] || fail "no flow was shown in four seconds, although the client calls twice a second"
 }

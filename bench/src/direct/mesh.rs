@@ -132,6 +132,9 @@ apiVersion: v1
 kind: Service
 metadata: {{name: server, namespace: bench}}
 spec:
+  # As the baseline: one address family on both sides.
+  ipFamilyPolicy: SingleStack
+  ipFamilies: [IPv4]
   selector: {{app: server}}
   ports:
     - {{name: data, port: {PORT}}}

@@ -147,7 +147,8 @@ fn full(end: &FlowEnd) -> String {
 #[derive(Default)]
 struct Summary {
     rows: BTreeMap<Key, Row>,
-    open: HashMap<(String, u64), Key>,
+    /// Connections that are still open, with the round-trip time of their handshake.
+    open: HashMap<(String, u64), (Key, u32)>,
 }
 
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -190,7 +191,7 @@ impl Summary {
             FlowEventKind::Opened => {
                 row.connections += 1;
                 row.open += 1;
-                self.open.insert(connection, key);
+                self.open.insert(connection, (key, record.rtt_us));
             }
             FlowEventKind::Closed => {
                 // The history may begin after the opening.
@@ -209,6 +210,11 @@ impl Summary {
     }
 
     fn print(&mut self, form: Output) -> anyhow::Result<()> {
+        for (key, rtt) in self.open.values() {
+            if let Some(row) = self.rows.get_mut(key) {
+                row.rtts.extend((*rtt > 0).then_some(*rtt));
+            }
+        }
         let lines: Vec<SummaryLine<'_>> = self
             .rows
             .iter_mut()
