@@ -103,7 +103,15 @@ pub async fn run(config: NodeConfig) -> Result<(), NodeError> {
         Arc::clone(&log),
         registry.clone(),
     ));
-    let mut flow_reader = tokio::spawn(flows::read(reader, log, names, metrics.clone(), node));
+    let (settled, names_known) = watch::channel(false);
+    let mut flow_reader = tokio::spawn(flows::read(
+        reader,
+        log,
+        names,
+        names_known,
+        metrics.clone(),
+        node,
+    ));
 
     let agent = Agent {
         connection: client.state(),
@@ -116,7 +124,7 @@ pub async fn run(config: NodeConfig) -> Result<(), NodeError> {
         pending: Changes::default(),
         seen: HashSet::new(),
         snapshot_done: false,
-        settled: false,
+        settled,
         announced: HashSet::new(),
         _client: client,
     };
@@ -168,7 +176,7 @@ struct Agent {
     seen: HashSet<String>,
     snapshot_done: bool,
     /// Everything was known once, and what an earlier agent left was cleaned up.
-    settled: bool,
+    settled: watch::Sender<bool>,
     /// Workloads whose starter was told that they may start.
     announced: HashSet<String>,
     connection: watch::Receiver<ConnectionState>,
@@ -296,11 +304,11 @@ impl Agent {
         let changes = std::mem::take(&mut self.pending);
         self.dataplane.apply(&self.state, &changes);
         self.dns.update(&self.state, &changes);
-        if !self.settled {
+        if !*self.settled.borrow() {
             self.dataplane.reconcile()?;
             self.dns.forget_unclaimed(&self.starter).await?;
             self.dataplane.kernel.attach()?;
-            self.settled = true;
+            self.settled.send_replace(true);
             tracing::info!(
                 workloads = self.state.workloads.len(),
                 services = self.state.services.len(),
@@ -361,7 +369,7 @@ impl Agent {
         NodeStatus {
             node: self.config.node.clone(),
             pid: std::process::id(),
-            synced: self.settled,
+            synced: *self.settled.borrow(),
             connected: connection.connected,
             version: env!("CARGO_PKG_VERSION").into(),
             enrolled,

@@ -14,7 +14,7 @@ use api::report::{FlowEnd, FlowEventKind, FlowRecord, Verdict};
 use kernel::{FlowEvent, FlowKind, FlowReader, Reason};
 use linux::readable::Readable;
 use telemetry::tcp::{DeniedLabels, Reporter, SecurityPolicy, TcpLabels, TcpMetrics};
-use tokio::sync::broadcast;
+use tokio::sync::{broadcast, watch};
 
 use crate::{NodeError, names::NameBook};
 
@@ -24,6 +24,8 @@ const HISTORY: usize = 65_536;
 const FOLLOW_QUEUE: usize = 8192;
 /// How often the ring buffer is read when the kernel sees no reason to wake us.
 const LOOK: Duration = Duration::from_millis(100);
+/// How long an agent that has just started waits for names before it writes records without them.
+const NAMES_PATIENCE: Duration = Duration::from_secs(10);
 /// Records handled before other tasks get their turn.
 const BATCH: usize = 1024;
 
@@ -71,11 +73,13 @@ impl FlowLog {
     }
 }
 
-/// Turns kernel events into records. Runs until the agent ends.
+/// Turns kernel events into records. Runs until the agent ends. What happened while an agent was away waits in the
+/// kernel until `names_known` is true, so that it gets its names.
 pub(crate) async fn read(
     mut reader: FlowReader,
     log: Arc<FlowLog>,
     names: Arc<NameBook>,
+    mut names_known: watch::Receiver<bool>,
     metrics: TcpMetrics,
     node: String,
 ) -> Result<(), NodeError> {
@@ -85,6 +89,8 @@ pub(crate) async fn read(
         metrics,
         node,
     };
+    // Without a control plane there may never be names: numbers are better than nothing.
+    let _ = tokio::time::timeout(NAMES_PATIENCE, names_known.wait_for(|known| *known)).await;
     let watch = Readable::watch(&reader).map_err(NodeError::io("watch the flow records"))?;
     loop {
         // Either the buffer fills quickly and the kernel says so, or it is time to look.
