@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 
 use crate::harness::{
     AT_ONCE, Mesh,
-    objects::{client, server, service, service_for},
+    objects::{client, namespace, server, service, service_for},
 };
 use upstream::Upstream;
 
@@ -19,6 +19,8 @@ const SILENCE: f64 = 5000.0;
 fn names_lead_to_what_they_name() {
     let upstream = Upstream::start();
     let objects = [
+        namespace("shop"),
+        namespace("other"),
         client("shop/client", ""),
         server("shop/web", &[8000], "  replicas: 2\n"),
         service("shop/web", &[(80, 8000)]),

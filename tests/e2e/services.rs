@@ -4,24 +4,25 @@ use std::collections::BTreeMap;
 
 use crate::harness::{
     EDIT_PATIENCE, Mesh,
-    objects::{client, server, service, service_for, workload},
+    objects::{client, namespace, server, service, service_for, workload},
     until,
 };
 
-/// Ready unless told otherwise, and it shows within half a second.
-const SICKNESS: &str = "  readinessProbe: {exec: {command: [test, \"!\", -e, /tmp/sick]}, periodSeconds: 0.2, failureThreshold: 1}\n";
+/// The server makes the file when it serves; where a test takes it away, the replica is soon not ready.
+const HEALTH: &str = "  readinessProbe: {exec: {command: [test, -e, /tmp/healthy]}, periodSeconds: 0.2, failureThreshold: 1}\n";
 
 fn web(replicas: u32) -> String {
     server(
         "shop/web",
         &[8000],
-        &format!("  replicas: {replicas}\n{SICKNESS}"),
+        &format!("  replicas: {replicas}\n{HEALTH}"),
     )
 }
 
 #[test]
 fn services_lead_to_ready_replicas() {
     let objects = [
+        namespace("shop"),
         client("shop/client", ""),
         service("shop/web", &[(80, 8000)]),
         service_for(
@@ -187,8 +188,8 @@ fn served_by(mesh: &Mesh, service: &str, count: u32) -> BTreeMap<String, u32> {
 }
 
 fn set_sick(mesh: &Mesh, pod: &str, sick: bool) {
-    let command = if sick { "touch" } else { "rm" };
-    mesh.exec(pod, &[command, "/tmp/sick"]).success();
+    let command = if sick { "rm" } else { "touch" };
+    mesh.exec(pod, &[command, "/tmp/healthy"]).success();
 }
 
 fn until_endpoints(mesh: &Mesh, service: &str, count: usize) {

@@ -6,6 +6,11 @@ const PROBE: &str = include_str!("../programs/probe.py");
 pub(crate) const PROBE_PATH: &str = "/opt/e2e/probe.py";
 const SERVER_PATH: &str = "/opt/e2e/server.py";
 
+/// A Namespace.
+pub(crate) fn namespace(name: &str) -> String {
+    format!("---\napiVersion: v1\nkind: Namespace\nmetadata: {{name: {name}}}\n")
+}
+
 /// A workload that greets and echoes on all its ports, ready as soon as the first one answers. `spec` is YAML
 /// with two spaces before every line, such as `"  replicas: 2\n"`.
 pub(crate) fn server(name: &str, ports: &[u16], spec: &str) -> String {

@@ -15,6 +15,8 @@ import threading
 import time
 
 PATIENCE = 3.0
+# How long an answer is waited for that must not come.
+SILENCE = 0.7
 RECORDS = {"A": 1, "PTR": 12, "AAAA": 28, "SRV": 33}
 FREEBIND = {socket.AF_INET: (socket.IPPROTO_IP, 15), socket.AF_INET6: (socket.IPPROTO_IPV6, 78)}
 
@@ -62,7 +64,7 @@ def attempt(family, host, port, source=None):
     try:
         family, address = target(family, host, port)
         with socket.socket(family, socket.SOCK_STREAM) as sock:
-            sock.settimeout(PATIENCE)
+            sock.settimeout(SILENCE if source else PATIENCE)
             if source:
                 sock.setsockopt(*FREEBIND[family], 1)
                 sock.bind((source, 0))
@@ -225,6 +227,22 @@ def datagram(host, port):
         say(errno_of(lambda: sock.sendto(b"hello", (host, int(port)))))
 
 
+def datagrams(port):
+    """Counts the datagrams that come in until standard input ends."""
+    sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    sock.bind(("::", int(port)))
+    received = []
+    threading.Thread(target=take_all, args=(sock, received), daemon=True).start()
+    say("listening")
+    sys.stdin.read()
+    say(len(received))
+
+
+def take_all(sock, received):
+    while True:
+        received.append(sock.recv(65535))
+
+
 def call(name, *arguments):
     """A function of the C library with numbers as arguments."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -263,5 +281,7 @@ def greet_all(sock, accepted):
         peer.sendall(json.dumps(greeting).encode() + b"\n" + b"ping\n")
 
 
-COMMANDS = [connect, spoof, loop, hold, resolve, dns, make_socket, datagram, call, relisten]
+COMMANDS = [
+    connect, spoof, loop, hold, resolve, dns, make_socket, datagram, datagrams, call, relisten
+]  # fmt: skip
 {command.__name__: command for command in COMMANDS}[sys.argv[1]](*sys.argv[2:])

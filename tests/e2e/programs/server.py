@@ -1,7 +1,8 @@
 """A server that says who it is: python3 server.py PORT...
 
 To every connection it sends one line of JSON (its host name, the caller's address, its own address),
-and then sends back every line that it gets. It listens on IPv4 and IPv6.
+and then sends back every line that it gets. It listens on IPv4 and IPv6. While it serves there is the
+file /tmp/healthy, for a probe to find and for a test to take away.
 """
 
 import json
@@ -41,4 +42,5 @@ class Server(socketserver.ThreadingTCPServer):
 for port in sys.argv[1:]:
     server = Server(("::", int(port)), Greeter)
     threading.Thread(target=server.serve_forever).start()
+open("/tmp/healthy", "w").close()
 print("serving", flush=True)
