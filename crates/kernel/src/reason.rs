@@ -65,6 +65,18 @@ mod tests {
     use super::*;
 
     #[test]
+    fn every_reason_is_documented() {
+        let page = include_str!("../../../docs/refusals.md");
+        for reason in Reason::ALL {
+            assert!(
+                page.contains(&format!("| `{}` |", reason.name())),
+                "{}",
+                reason.name()
+            );
+        }
+    }
+
+    #[test]
     fn numbers_and_names_are_unique_and_come_back() {
         for (index, reason) in Reason::ALL.iter().enumerate() {
             assert_eq!(usize::from(*reason as u16), index);
