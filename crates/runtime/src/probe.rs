@@ -35,11 +35,14 @@ pub(crate) struct ProbeTarget {
     pub(crate) executable: PathBuf,
 }
 
-/// Probes until the answer, which is `from` so far, has changed; says why.
+/// Probes until the answer, which is `from` so far, has changed; says why. A "no" from the beginning is said once, too:
+/// whoever waits for a program that never gets ready wants to know what it lacks.
 pub(crate) struct Prober {
     probe: Probe,
     target: ProbeTarget,
     answer: bool,
+    /// A reason for the answer so far has been given.
+    explained: bool,
     ticks: tokio::time::Interval,
 }
 
@@ -53,6 +56,7 @@ impl Prober {
             probe,
             target,
             answer: from,
+            explained: from,
             ticks,
         }
     }
@@ -60,21 +64,25 @@ impl Prober {
     /// The next change of the answer: the new one, with the reason if it is "no".
     pub(crate) async fn change(&mut self) -> Result<(), String> {
         let mut in_a_row = 0;
+        let mut last = self.answer;
         loop {
             self.ticks.tick().await;
             let result = attempt(&self.probe, &self.target).await;
-            if result.is_ok() == self.answer {
-                in_a_row = 0;
-                continue;
-            }
-            in_a_row += 1;
-            let threshold = if self.answer {
-                self.probe.failure_threshold
+            in_a_row = if result.is_ok() == last {
+                in_a_row + 1
             } else {
-                self.probe.success_threshold
+                1
             };
-            if in_a_row >= threshold.max(1) {
-                self.answer = result.is_ok();
+            last = result.is_ok();
+            let threshold = if last {
+                self.probe.success_threshold
+            } else {
+                self.probe.failure_threshold
+            };
+            let is_news = last != self.answer || !self.explained;
+            if is_news && in_a_row >= threshold.max(1) {
+                self.answer = last;
+                self.explained = true;
                 return result;
             }
         }
