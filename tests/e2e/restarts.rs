@@ -110,14 +110,14 @@ fn one_try_is_one_refusal(mesh: &Mesh) {
     mesh.connect("bob", &address, 8000).failed(REFUSED);
     assert_eq!(refusals(), before + 1);
     let filter = ["--from", "shop/bob", "--verdict", "denied"];
-    until("the refusal is recorded", EDIT_PATIENCE, || {
-        let mut flows = mesh.flows(&filter);
-        flows.retain(|flow| flow.service.is_none());
-        match flows.len() {
+    let count = until("the refusal is recorded", EDIT_PATIENCE, || {
+        let flows = mesh.flows(&filter);
+        match flows.iter().filter(|flow| flow.service.is_none()).count() {
             0 => Err("no record".into()),
-            count => Ok(assert_eq!(count, 1)),
+            count => Ok(count),
         }
     });
+    assert_eq!(count, 1);
     // What happened while no agent was there to look has its names, too.
     for flow in mesh.flows(&filter) {
         assert_eq!(flow.policy.as_deref(), Some("shop/web"), "{flow:#?}");

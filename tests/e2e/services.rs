@@ -110,10 +110,10 @@ fn load_is_spread(mesh: &Mesh) {
 fn affinity_sticks(mesh: &Mesh) {
     let served = served_by(mesh, "sticky", 30);
     assert_eq!(served.len(), 1, "{served:?}");
-    // Over families, too, as the affinity is the client's.
+    // A connection of another program of the client's, too: the affinity is the client's.
     let chosen = served.into_keys().next().unwrap();
     let again = served_by(mesh, "sticky", 5);
-    assert_eq!(again.into_keys().collect::<Vec<_>>(), [chosen.clone()]);
+    assert!(again.len() == 1 && again.contains_key(&chosen), "{again:?}");
 
     // Until the replica cannot serve any more: then all go to one other.
     set_sick(mesh, &chosen, true);
