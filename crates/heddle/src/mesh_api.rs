@@ -1,4 +1,4 @@
-//! Where `heddle up` listens for the other commands.
+//! Where `heddle up` listens for the other commands, and where one in the background writes.
 
 use std::path::PathBuf;
 
@@ -12,4 +12,9 @@ pub(crate) fn socket(mesh: &str) -> anyhow::Result<PathBuf> {
         bail!("mesh `{mesh}` is not running: start it with `heddle up DIR --mesh {mesh}`");
     }
     Ok(socket)
+}
+
+/// What a mesh in the background has said: beside its own folder, so that it can be read when the mesh did not start.
+pub(crate) fn log(layout: &Layout) -> PathBuf {
+    layout.lock().with_extension("log")
 }

@@ -11,7 +11,7 @@ use runtime::{
 
 use crate::{
     cli::{Common, Output},
-    client, output,
+    client, mesh_api, output,
 };
 
 /// How long a mesh may take to stop.
@@ -30,6 +30,12 @@ pub(super) async fn run(common: Common) -> anyhow::Result<ExitCode> {
     let report = tokio::task::spawn_blocking(move || claim::clean(&cleaning))
         .await
         .context("the clean-up ended abnormally")??;
+    match std::fs::remove_file(mesh_api::log(&layout)) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(error).context("cannot remove the mesh's log");
+        }
+        _ => {}
+    }
     let found = was_running || !report.is_empty();
     match common.output {
         Output::Json => {

@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    path::{Path, PathBuf},
+    path::Path,
     process::{Child, Command, ExitCode, Stdio},
     time::{Duration, Instant},
 };
@@ -16,30 +16,22 @@ use crate::{
     cli::{Output, UpArgs},
     client,
     commands::{one_thread, status},
-    output,
+    mesh_api, output,
 };
 
 const LOOK: Duration = Duration::from_millis(50);
 
 pub(super) fn run(args: &UpArgs) -> anyhow::Result<ExitCode> {
-    let log = log_file(&args.common.mesh)?;
+    let log = mesh_api::log(&Layout::new(&args.common.mesh)?);
     let mut child = spawn(args, &log)?;
     one_thread()?.block_on(wait(args, &mut child, &log))
 }
 
-/// Outside of the mesh's own folder, so that it can be read when the mesh did not start.
-fn log_file(mesh: &str) -> anyhow::Result<PathBuf> {
-    let layout = Layout::new(mesh)?;
-    let folder = layout
-        .lock()
-        .parent()
-        .map(PathBuf::from)
-        .unwrap_or_default();
-    fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
-    Ok(folder.join(format!("{mesh}.log")))
-}
-
 fn spawn(args: &UpArgs, log: &Path) -> anyhow::Result<Child> {
+    if let Some(folder) = log.parent() {
+        fs::create_dir_all(folder)
+            .with_context(|| format!("cannot create {}", folder.display()))?;
+    }
     let file = File::create(log).with_context(|| format!("cannot create {}", log.display()))?;
     let mut command =
         Command::new(std::env::current_exe().context("cannot find this program's own file")?);
