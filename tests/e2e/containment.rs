@@ -53,6 +53,17 @@ fn policy_holds_for_every_process(mesh: &Mesh) {
     }
     let mapped = mesh.attempts("mallory", "mapped", &web[0], WEB, 1);
     mapped[0].failed(REFUSED);
+    for address in &web {
+        let error = mesh.error_of("mallory", "fast_open", &[address, &WEB.to_string()]);
+        assert_eq!(error.as_deref(), Some(REFUSED), "{address}");
+    }
+    // On the link itself everybody has an address that no policy speaks of.
+    let line = "awk '$4 == 20 && $6 == \"eth0\" {print $1}' /proc/net/if_inet6 | sed 's/..../&:/g; s/:$//'";
+    let neighbour = mesh.shell("web", line).success().stdout;
+    let neighbour = neighbour.trim();
+    assert!(neighbour.starts_with("fe80:"), "{neighbour:?}");
+    let error = mesh.error_of("mallory", "link_local", &[neighbour, &WEB.to_string()]);
+    assert_eq!(error.as_deref(), Some("ENETUNREACH"), "{neighbour}");
     // A session of its own, an orphan, another user: all are the workload's.
     let probe = format!("python3 {PROBE_PATH} connect any {} {WEB}", web[0]);
     for line in [

@@ -227,6 +227,21 @@ def datagram(host, port):
         say(errno_of(lambda: sock.sendto(b"hello", (host, int(port)))))
 
 
+def fast_open(host, port):
+    """Data in the first packet, without connect()."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as sock:
+        say(errno_of(lambda: sock.sendto(b"hello", socket.MSG_FASTOPEN, (host, int(port)))))
+
+
+def link_local(host, port):
+    """A neighbour on the same link, past all routes."""
+    with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as sock:
+        sock.settimeout(SILENCE)
+        interface = socket.if_nametoindex("eth0")
+        say(errno_of(lambda: sock.connect((host, int(port), 0, interface))))
+
+
 def datagrams(port):
     """Counts the datagrams that come in until standard input ends."""
     sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
@@ -282,6 +297,7 @@ def greet_all(sock, accepted):
 
 
 COMMANDS = [
-    connect, spoof, loop, hold, resolve, dns, make_socket, datagram, datagrams, call, relisten
+    connect, spoof, loop, hold, resolve, dns,
+    make_socket, datagram, fast_open, link_local, datagrams, call, relisten,
 ]  # fmt: skip
 {command.__name__: command for command in COMMANDS}[sys.argv[1]](*sys.argv[2:])
