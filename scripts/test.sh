@@ -15,6 +15,6 @@ phase "install what is missing" scripts/install.sh
 scripts/lint.sh
 # The end-to-end tests start the real commands, so these are built first, in the same profile.
 phase "build the commands" cargo build --release --locked --bin heddle --bin heddle-bench
-phase "tests" cargo nextest run --release --locked --workspace
 phase "documentation examples" cargo test --release --locked --workspace --doc --quiet
+phase "tests" cargo nextest run --release --locked --workspace
 printf '\nAll tests passed (%d s).\n' "$SECONDS"
