@@ -266,8 +266,6 @@ impl Drop for Mesh {
         }
         let outcome = self.run("down", &[]);
         let left = self.leftovers();
-        // `up --detach` keeps its log for those who look for the cause; this one has been looked at.
-        let _ = fs::remove_file(leftovers::run_dir(&self.name).with_extension("log"));
         if !thread::panicking() {
             assert_eq!(outcome.code, 0, "{outcome:#?}");
             assert!(left.is_empty(), "left behind: {left:#?}");

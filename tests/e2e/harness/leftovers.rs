@@ -23,7 +23,11 @@ pub(crate) fn cgroup_of(mesh: &str) -> PathBuf {
 pub(crate) fn of(mesh: &str) -> Vec<String> {
     let run_dir = run_dir(mesh);
     let mut left = Vec::new();
-    let paths = [run_dir.clone(), run_dir.with_extension("lock")];
+    let paths = [
+        run_dir.clone(),
+        run_dir.with_extension("lock"),
+        run_dir.with_extension("log"),
+    ];
     for path in paths.iter().chain(&cgroups(mesh)) {
         if path.exists() {
             left.push(format!("file {}", path.display()));
