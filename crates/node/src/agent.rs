@@ -279,14 +279,14 @@ impl Agent {
     async fn update(&mut self, update: Update) -> Result<(), NodeError> {
         let outcome = self.state.apply(&update, &mut self.pending);
         self.seen.insert(update.type_url);
-        let problems = self.dataplane.problems.len();
+        let problems = self.dataplane.problem_count;
         self.settle().await?;
         match outcome {
             Err(message) => {
                 self.dataplane.problem(message.clone());
                 update.answer.reject(message);
             }
-            Ok(()) if self.dataplane.problems.len() > problems => {
+            Ok(()) if self.dataplane.problem_count > problems => {
                 let newest = self.dataplane.problems.back().cloned();
                 update.answer.reject(newest.unwrap_or_default());
             }

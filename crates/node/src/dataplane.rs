@@ -38,6 +38,8 @@ const MAX_PROBLEMS: usize = 64;
 pub(crate) struct DataPlane {
     pub(crate) kernel: Kernel,
     pub(crate) problems: VecDeque<String>,
+    /// How many problems there ever were.
+    pub(crate) problem_count: u64,
     pub(crate) names: Arc<NameBook>,
     rules: rules::Rules,
     services: services::Services,
@@ -82,6 +84,7 @@ impl DataPlane {
         Self {
             kernel,
             problems: VecDeque::new(),
+            problem_count: 0,
             names,
             rules: rules::Rules::default(),
             services,
@@ -227,6 +230,7 @@ impl DataPlane {
     /// Notes a problem for `heddle status`.
     pub(crate) fn problem(&mut self, text: String) {
         tracing::error!(problem = %text, "not in effect");
+        self.problem_count += 1;
         if self.problems.back() != Some(&text) {
             self.problems.push_back(text);
         }
