@@ -57,6 +57,11 @@ static __always_inline void publish_grant(struct bpf_sock_ops *ops, struct socke
 	bpf_sock_ops_cb_flags_set(ops, BPF_SOCK_OPS_STATE_CB_FLAG);
 }
 
+static __always_inline __u64 without(__u64 bytes, int counted)
+{
+	return counted && bytes ? bytes - 1 : bytes;
+}
+
 static __always_inline void report(struct bpf_sock_ops *ops, struct socket_state *state, __u8 kind)
 {
 	int is_client = state->flags & SOCKET_CLIENT;
@@ -78,8 +83,10 @@ static __always_inline void report(struct bpf_sock_ops *ops, struct socket_state
 	event->protocol = IPPROTO_TCP;
 	event->socket_class = state->socket_class;
 	event->flags = state->flags;
-	sent = CONTEXT_READ_64(ops, bytes_acked);
-	received = CONTEXT_READ_64(ops, bytes_received);
+	sent = without(CONTEXT_READ_64(ops, bytes_acked), is_client);
+	sent = without(sent, state->flags & SOCKET_FIN_ACKED);
+	received = without(CONTEXT_READ_64(ops, bytes_received),
+			   state->flags & SOCKET_FIN_RECEIVED);
 	event->bytes_sent = is_client ? sent : received;
 	event->bytes_received = is_client ? received : sent;
 	event->srtt_us = CONTEXT_READ(ops, srtt_us) >> 3; /* the kernel keeps it times eight */
@@ -112,6 +119,17 @@ static __always_inline void accept_grant(struct bpf_sock_ops *ops, struct socket
 	state->grant.destination_workload = state->workload;
 	bpf_sock_ops_cb_flags_set(ops, BPF_SOCK_OPS_STATE_CB_FLAG);
 	report(ops, state, FLOW_OPENED);
+}
+
+/* Notes whose FIN has been counted. After a reset in the middle of a close it may be one too many. */
+static __always_inline void note_fin(struct socket_state *state, __u32 from, __u32 to)
+{
+	if (to == BPF_TCP_FIN_WAIT2 || (to == BPF_TCP_CLOSE && (from == BPF_TCP_LAST_ACK ||
+								from == BPF_TCP_CLOSING)))
+		state->flags |= SOCKET_FIN_ACKED;
+	if (to == BPF_TCP_CLOSE_WAIT || to == BPF_TCP_CLOSING ||
+	    (to == BPF_TCP_CLOSE && from == BPF_TCP_FIN_WAIT2))
+		state->flags |= SOCKET_FIN_RECEIVED;
 }
 
 static __always_inline void on_close(struct bpf_sock_ops *ops, struct socket_state *state)
@@ -159,6 +177,7 @@ int heddle_sockops(struct bpf_sock_ops *ops)
 		state->flags = 0;
 		break;
 	case BPF_SOCK_OPS_STATE_CB:
+		note_fin(state, CONTEXT_READ(ops, args[0]), CONTEXT_READ(ops, args[1]));
 		if (CONTEXT_READ(ops, args[1]) == BPF_TCP_CLOSE)
 			on_close(ops, state);
 		break;

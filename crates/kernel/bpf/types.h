@@ -194,6 +194,8 @@ struct tuple {
 #define SOCKET_CLIENT 4    /* it connected */
 #define SOCKET_ESTABLISHED 8
 #define SOCKET_REDIRECTED 16 /* the peer's address shown to the program is grant.original */
+#define SOCKET_FIN_ACKED 32  /* TCP counts a SYN and a FIN as one byte each: these are not payload */
+#define SOCKET_FIN_RECEIVED 64
 struct socket_state {
 	__u64 netns;
 	__u32 workload;

@@ -5,7 +5,12 @@
 //! allow what it should not. Until then an earlier agent's programs and tables stay in force.
 
 use std::{
-    collections::HashSet, fs, os::fd::OwnedFd, os::unix::fs::MetadataExt, sync::Arc, time::Duration,
+    collections::{HashMap, HashSet},
+    fs,
+    os::fd::OwnedFd,
+    os::unix::fs::MetadataExt,
+    sync::Arc,
+    time::Duration,
 };
 
 use api::{
@@ -43,6 +48,8 @@ const MAX_SERIES: usize = 10_000;
 const ENROLL_QUEUE: usize = 64;
 /// Operators' questions that may wait for the loop.
 const COMMAND_QUEUE: usize = 32;
+/// How soon a workload that could not be enrolled is tried again.
+const RETRY: Duration = Duration::from_secs(2);
 /// How long the starter's greeting may take.
 const GREETING: Duration = Duration::from_secs(10);
 
@@ -126,6 +133,7 @@ pub async fn run(config: NodeConfig) -> Result<(), NodeError> {
         snapshot_done: false,
         settled,
         announced: HashSet::new(),
+        refused: HashMap::new(),
         _client: client,
     };
     let mut terminate =
@@ -179,6 +187,8 @@ struct Agent {
     settled: watch::Sender<bool>,
     /// Workloads whose starter was told that they may start.
     announced: HashSet<String>,
+    /// Workloads that could not be enrolled, to be tried again.
+    refused: HashMap<String, (EnrolledWorkload, Netns)>,
     connection: watch::Receiver<ConnectionState>,
     _client: Client,
 }
@@ -191,6 +201,7 @@ impl Agent {
     ) -> Result<(), NodeError> {
         let mut enrolments = receive(Arc::clone(&self.starter));
         let mut connection = self.connection.clone();
+        let mut retry = tokio::time::interval(RETRY);
         loop {
             tokio::select! {
                 message = enrolments.recv() => match message {
@@ -200,6 +211,11 @@ impl Agent {
                 },
                 Some(update) = updates.recv() => self.update(update).await?,
                 Some(command) = commands.recv() => self.answer(command),
+                _ = retry.tick(), if !self.refused.is_empty() => {
+                    for (workload, netns) in std::mem::take(&mut self.refused).into_values() {
+                        self.try_to_enroll(workload, netns).await?;
+                    }
+                }
                 // An empty type is known by this alone.
                 Ok(()) = connection.changed() => self.settle().await?,
             }
@@ -214,18 +230,11 @@ impl Agent {
         match (message, fds.pop()) {
             (ToAgent::StoredFd { name }, Some(fd)) => self.dns.restore(name, fd),
             (ToAgent::WorkloadAdded(workload), Some(fd)) => {
-                let uid = workload.uid.clone();
-                if let Err(error) = self.enroll(workload, Netns::from_fd(fd)).await {
-                    self.dataplane.problem(format!("{uid}: {error}"));
-                    let error = error.to_string();
-                    self.starter
-                        .send(&FromAgent::WorkloadRefused { uid, error }, &[])
-                        .await?;
-                }
-                self.settle().await?;
+                self.try_to_enroll(workload, Netns::from_fd(fd)).await?;
             }
             (ToAgent::WorkloadRemoved { uid }, _) => {
                 self.announced.remove(&uid);
+                self.refused.remove(&uid);
                 let enrolled = self
                     .dataplane
                     .local(&uid)
@@ -255,6 +264,27 @@ impl Agent {
             }
         }
         Ok(())
+    }
+
+    /// A failure is the workload's alone: it is told to the starter, and tried again.
+    async fn try_to_enroll(
+        &mut self,
+        workload: EnrolledWorkload,
+        netns: Netns,
+    ) -> Result<(), NodeError> {
+        let uid = workload.uid.clone();
+        match self.enroll(workload.clone(), netns.clone()).await {
+            Ok(()) => drop(self.refused.remove(&uid)),
+            Err(error) => {
+                self.dataplane.problem(format!("{uid}: {error}"));
+                self.refused.insert(uid.clone(), (workload, netns));
+                let error = error.to_string();
+                self.starter
+                    .send(&FromAgent::WorkloadRefused { uid, error }, &[])
+                    .await?;
+            }
+        }
+        self.settle().await
     }
 
     async fn enroll(&mut self, workload: EnrolledWorkload, netns: Netns) -> Result<(), NodeError> {
