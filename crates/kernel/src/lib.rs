@@ -15,6 +15,8 @@ mod table;
 mod types;
 
 pub use attach::AttachedProgram;
+/// What may be a key or a value of a [`Table`].
+pub use aya::Pod;
 pub use error::KernelError;
 pub use events::FlowReader;
 pub use loader::{Kernel, KernelConfig, MapSizes, Tables};

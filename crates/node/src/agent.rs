@@ -7,6 +7,7 @@
 use std::{
     collections::{HashMap, HashSet},
     fs,
+    hash::Hash,
     os::fd::OwnedFd,
     os::unix::fs::MetadataExt,
     sync::Arc,
@@ -18,7 +19,7 @@ use api::{
     node_config::NodeConfig,
     report::{Explanation, MapStatus, NodeStatus, ProgramStatus, ReasonCount},
 };
-use kernel::{Kernel, KernelConfig, MapSizes, Reason};
+use kernel::{Kernel, KernelConfig, MapSizes, Pod, Reason, Table};
 use linux::{netns::Netns, seqpacket::Stream};
 use telemetry::{Registry, tcp::TcpMetrics};
 use tokio::{
@@ -430,39 +431,22 @@ impl Agent {
 
     fn maps(&self) -> Vec<MapStatus> {
         let tables = &self.dataplane.kernel.tables;
-        let of = |map: &str, entries, capacity| MapStatus {
-            map: map.into(),
-            entries,
-            capacity,
-        };
         vec![
-            of(
-                "workloads",
-                tables.workloads.len(),
-                tables.workloads.capacity(),
-            ),
-            of(
-                "addresses",
-                tables.addresses.len(),
-                tables.addresses.capacity(),
-            ),
-            of(
-                "services",
-                tables.services.len(),
-                tables.services.capacity(),
-            ),
-            of(
-                "endpoints",
-                tables.endpoints.len(),
-                tables.endpoints.capacity(),
-            ),
-            of("slots", tables.slots.len(), tables.slots.capacity()),
-            of(
-                "verdicts",
-                tables.verdicts.len(),
-                tables.verdicts.capacity(),
-            ),
+            map_status(&tables.workloads),
+            map_status(&tables.addresses),
+            map_status(&tables.services),
+            map_status(&tables.endpoints),
+            map_status(&tables.slots),
+            map_status(&tables.verdicts),
         ]
+    }
+}
+
+fn map_status<K: Pod + Eq + Hash, V: Pod + PartialEq>(table: &Table<K, V>) -> MapStatus {
+    MapStatus {
+        map: table.name().into(),
+        entries: table.len(),
+        capacity: table.capacity(),
     }
 }
 

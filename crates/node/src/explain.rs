@@ -267,7 +267,7 @@ fn verdict(
 fn end(workload: &Workload, config: &NodeConfig, address: Option<IpAddr>, port: u16) -> FlowEnd {
     FlowEnd {
         namespace: workload.message.namespace.clone(),
-        workload: workload.message.workload_name.clone(),
+        workload: workload.object().to_owned(),
         pod: workload.message.name.clone(),
         identity: config
             .mesh

@@ -45,6 +45,14 @@ impl Workload {
         format!("{}/{}", self.message.namespace, self.message.name)
     }
 
+    /// Name of the `Workload` object that it is a replica of.
+    pub(crate) fn object(&self) -> &str {
+        match self.options.replica_of.as_str() {
+            "" => &self.message.workload_name,
+            object => object,
+        }
+    }
+
     pub(crate) fn service_account(&self) -> &str {
         match self.message.service_account.as_str() {
             "" => "default",

@@ -157,14 +157,9 @@ impl Addresses {
 
 fn names_of(workload: &Workload, mesh: &MeshConfig) -> WorkloadNames {
     let message = &workload.message;
-    let replica_of = &workload.options.replica_of;
     WorkloadNames {
         namespace: message.namespace.clone(),
-        workload: if replica_of.is_empty() {
-            message.workload_name.clone()
-        } else {
-            replica_of.clone()
-        },
+        workload: workload.object().to_owned(),
         pod: message.name.clone(),
         identity: mesh.spiffe_id(&message.namespace, workload.service_account()),
     }
