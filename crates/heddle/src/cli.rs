@@ -166,8 +166,8 @@ pub(crate) struct ExplainArgs {
     pub(crate) common: Common,
     /// The client: [NAMESPACE/]WORKLOAD or [NAMESPACE/]REPLICA.
     pub(crate) source: String,
-    /// Where it connects: a name as the client would use it, or an address; and a port.
-    #[arg(value_name = "HOST:PORT")]
+    /// Where it connects: a name as the client would use it, or an address; and a port, with /udp for datagrams.
+    #[arg(value_name = "HOST:PORT[/udp]")]
     pub(crate) destination: String,
 }
 

@@ -2,7 +2,7 @@
 //!
 //! - `GET /v1/status` → `MeshStatus`
 //! - `GET /v1/flows?follow=true` → one `FlowRecord` per line, of all nodes
-//! - `GET /v1/explain?source=WORKLOAD&host=HOST&port=PORT` → `Explanation`
+//! - `GET /v1/explain?source=WORKLOAD&host=HOST&port=PORT&protocol=TCP` → `Explanation`
 //! - `GET /v1/exec?workload=WORKLOAD` → `ExecSpec` without its command
 //! - `GET /v1/logs?workload=WORKLOAD&follow=true` → bytes
 //! - `GET /v1/metrics?node=NODE` → Prometheus text of one node
@@ -113,6 +113,8 @@ struct ExplainQuery {
     source: String,
     host: String,
     port: u16,
+    /// `TCP` or `UDP`, checked by the agent.
+    protocol: String,
 }
 
 async fn explain(
@@ -121,10 +123,11 @@ async fn explain(
 ) -> Result<Json<Explanation>, Refusal> {
     let replica = find(&mesh, &query.source)?;
     let path = format!(
-        "/v1/explain?source={}&host={}&port={}",
+        "/v1/explain?source={}&host={}&port={}&protocol={}",
         escape(&replica.status.uid),
         escape(&query.host),
-        query.port
+        query.port,
+        escape(&query.protocol)
     );
     let socket = mesh.layout.agent_socket(&replica.status.node);
     Ok(Json(client::get(&socket, &path).await?))

@@ -2,12 +2,14 @@
  *
  * connect() and unconnected datagrams: the decision is made here, before a packet exists.
  * getpeername() and recvmsg() then show the program the address that it asked for.
+ * What is kept of datagrams is in datagram.h.
  */
 #pragma once
 
 #include <linux/in.h>
 
 #include "decide.h"
+#include "datagram.h"
 #include "flow.h"
 #include "refuse.h"
 #include "socket.h"
@@ -53,15 +55,67 @@ static __always_inline void report_refusal(struct bpf_sock_addr *ctx, const stru
 	flow_submit(event);
 }
 
+static __always_inline int refuse_socket(struct bpf_sock_addr *ctx, struct socket_state *state,
+					 const struct decision *d, const struct grant *grant,
+					 __u8 protocol)
+{
+	/* Nothing stops a program from sending a million refused datagrams a second. */
+	if (protocol == IPPROTO_UDP && !record_refusal(state))
+		count(d->reason);
+	else
+		report_refusal(ctx, d, grant, protocol, state->socket_class);
+	return refuse_with(error_of(d->reason));
+}
+
+/* Keeps the decision about a connection, or a connected datagram socket, in the socket. */
+static __always_inline void keep(struct socket_state *state, const struct decision *d,
+				 const struct grant *grant)
+{
+	state->grant = *grant;
+	state->flags = SOCKET_ADMITTED | SOCKET_CLIENT;
+	if (d->local)
+		state->flags |= SOCKET_LOCAL;
+	if (d->reply)
+		state->flags |= SOCKET_REPLIES;
+	if (d->port != grant->original_port || !address_equal(&d->destination, &grant->original))
+		state->flags |= SOCKET_REDIRECTED;
+}
+
+/* Notes what an answer to one datagram must find. Returns a reason to refuse it, or REASON_NONE. */
+static __always_inline __u16 expect_answer(struct bpf_sock *socket, const struct socket_state *state,
+					   const struct question *question, const struct decision *d,
+					   struct grant *grant)
+{
+	struct workload_entry *self = bpf_map_lookup_elem(&workloads, &state->workload);
+	int redirected = d->port != grant->original_port ||
+			 !address_equal(&d->destination, &grant->original);
+	struct tuple t = {};
+
+	/* Within the workload everything is let in: only the address that was asked must be known. */
+	if (d->reply || (d->local && !redirected))
+		return REASON_NONE;
+	if (!note_peer(socket, d, grant))
+		return REASON_PEERS_FULL;
+	if (d->local || !self || !question->own_port)
+		return REASON_NONE;
+	t.source = address_is_v4(&d->destination) ? self->v4 : self->v6;
+	t.source_port = question->own_port;
+	t.destination = d->destination;
+	t.destination_port = d->port;
+	datagram_flow(&t, grant);
+	return REASON_NONE;
+}
+
 /* Returns 1 with *d to apply, or 0 after having refused. *d holds the asked-for address on entry. */
 static __always_inline int route_socket(struct bpf_sock_addr *ctx, enum call call,
 					struct decision *d)
 {
 	struct bpf_sock *socket = ctx->sk;
-	__u8 protocol = CONTEXT_READ(ctx, type) == 1 ? IPPROTO_TCP : IPPROTO_UDP;
+	struct question question = { .call = call };
 	struct grant grant = {};
 	struct socket_state *state;
 
+	question.protocol = CONTEXT_READ(ctx, type) == 1 ? IPPROTO_TCP : IPPROTO_UDP;
 	if (!socket)
 		return refuse_with(EACCES);
 	state = bpf_sk_storage_get(&sockets, socket, 0, 0);
@@ -69,27 +123,36 @@ static __always_inline int route_socket(struct bpf_sock_addr *ctx, enum call cal
 	grant.original_port = d->port;
 	if (!state || state->socket_class == CLASS_NONE) {
 		d->reason = REASON_NO_IDENTITY;
-		report_refusal(ctx, d, &grant, protocol, CLASS_NONE);
+		report_refusal(ctx, d, &grant, question.protocol, CLASS_NONE);
 		return refuse_with(EACCES);
 	}
 	if (state->socket_class == CLASS_AGENT) {
-		state->flags = SOCKET_ADMITTED | SOCKET_LOCAL | SOCKET_CLIENT;
+		if (call == CALL_CONNECT)
+			state->flags = SOCKET_ADMITTED | SOCKET_LOCAL | SOCKET_CLIENT;
 		return 1;
 	}
-	decide(state, call, protocol, d, &grant);
+	question.draw = bpf_get_prandom_u32();
+	if (question.protocol == IPPROTO_UDP) {
+		question.own_port = socket->src_port;
+		/* One socket's datagrams to one service go to one endpoint while its table stays. */
+		if (call == CALL_SENDMSG)
+			question.draw = (__u32)bpf_get_socket_cookie(ctx) * 0x9e3779b1;
+	}
+	decide(state, &question, d, &grant);
 	if (d->action == ACTION_DENY) {
-		state->flags = 0;
-		report_refusal(ctx, d, &grant, protocol, state->socket_class);
-		return refuse_with(error_of(d->reason));
+		if (call == CALL_CONNECT)
+			state->flags = 0;
+		return refuse_socket(ctx, state, d, &grant, question.protocol);
 	}
 	grant.start_ns = bpf_ktime_get_ns();
 	grant.reason = d->reason;
-	state->grant = grant;
-	state->flags = SOCKET_ADMITTED | SOCKET_CLIENT;
-	if (d->local)
-		state->flags |= SOCKET_LOCAL;
-	if (d->port != grant.original_port || !address_equal(&d->destination, &grant.original))
-		state->flags |= SOCKET_REDIRECTED;
+	if (call == CALL_CONNECT) {
+		keep(state, d, &grant);
+		return 1;
+	}
+	d->reason = expect_answer(socket, state, &question, d, &grant);
+	if (d->reason != REASON_NONE)
+		return refuse_socket(ctx, state, d, &grant, question.protocol);
 	return 1;
 }
 
@@ -142,52 +205,77 @@ int heddle_sendmsg6(struct bpf_sock_addr *ctx)
 }
 
 /* The state whose original address should be shown instead of the real one, or null. */
-static __always_inline struct socket_state *redirected(struct bpf_sock_addr *ctx)
+static __always_inline struct socket_state *redirected(struct bpf_sock *socket)
 {
-	struct bpf_sock *socket = ctx->sk;
 	struct socket_state *state = socket ? bpf_sk_storage_get(&sockets, socket, 0, 0) : 0;
 
 	return state && (state->flags & SOCKET_REDIRECTED) ? state : 0;
 }
 
-static __always_inline int show_v4(struct bpf_sock_addr *ctx)
+SEC("cgroup/getpeername4")
+int heddle_getpeername4(struct bpf_sock_addr *ctx)
 {
-	struct socket_state *state = redirected(ctx);
+	struct socket_state *state = redirected(ctx->sk);
 
 	if (state && address_is_v4(&state->grant.original))
 		write_v4(ctx, &state->grant.original, state->grant.original_port);
 	return 1;
 }
 
-static __always_inline int show_v6(struct bpf_sock_addr *ctx)
+SEC("cgroup/getpeername6")
+int heddle_getpeername6(struct bpf_sock_addr *ctx)
 {
-	struct socket_state *state = redirected(ctx);
+	struct socket_state *state = redirected(ctx->sk);
 
 	if (state)
 		write_v6(ctx, &state->grant.original, state->grant.original_port);
 	return 1;
 }
 
-SEC("cgroup/getpeername4")
-int heddle_getpeername4(struct bpf_sock_addr *ctx)
+/* Turns the sender of a datagram, in *from and *port, into the address that was asked. Returns whether it differs. */
+static __always_inline int show_sender(struct bpf_sock *socket, struct address *from, __u16 *port)
 {
-	return show_v4(ctx);
-}
+	struct socket_state *state;
+	struct peer *peer;
 
-SEC("cgroup/getpeername6")
-int heddle_getpeername6(struct bpf_sock_addr *ctx)
-{
-	return show_v6(ctx);
+	if (!socket)
+		return 0;
+	if (socket->state == BPF_TCP_ESTABLISHED) { /* so says the kernel of a connected one */
+		state = redirected(socket);
+		if (!state)
+			return 0;
+		*from = state->grant.original;
+		*port = state->grant.original_port;
+		return 1;
+	}
+	peer = find_peer(socket, from, *port, bpf_ktime_get_ns());
+	if (!peer)
+		return 0;
+	*from = peer->original;
+	*port = peer->original_port;
+	return 1;
 }
 
 SEC("cgroup/recvmsg4")
 int heddle_recvmsg4(struct bpf_sock_addr *ctx)
 {
-	return show_v4(ctx);
+	__u16 port = bpf_ntohs((__u16)CONTEXT_READ(ctx, user_port));
+	struct address from;
+
+	address_from_v4(&from, CONTEXT_READ(ctx, user_ip4));
+	if (show_sender(ctx->sk, &from, &port) && address_is_v4(&from))
+		write_v4(ctx, &from, port);
+	return 1;
 }
 
 SEC("cgroup/recvmsg6")
 int heddle_recvmsg6(struct bpf_sock_addr *ctx)
 {
-	return show_v6(ctx);
+	__u16 port = bpf_ntohs((__u16)CONTEXT_READ(ctx, user_port));
+	struct address from;
+
+	read_v6(&from, ctx);
+	if (show_sender(ctx->sk, &from, &port))
+		write_v6(ctx, &from, port);
+	return 1;
 }

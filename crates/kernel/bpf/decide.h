@@ -15,7 +15,21 @@ struct decision {
 	__u16 reason;
 	__u8 action; /* enum action; ACTION_DENY leaves the rest unset */
 	__u8 local;  /* stays inside the workload */
-	__u16 padding;
+	__u8 reply;  /* a datagram back to a client that may ask */
+	__u8 padding;
+};
+
+/* What asks for a decision, and of what. */
+enum call {
+	CALL_CONNECT,
+	CALL_SENDMSG,
+};
+
+struct question {
+	enum call call;
+	__u8 protocol;
+	__u16 own_port; /* of a datagram socket that is bound already, else 0 */
+	__u32 draw;     /* which endpoint: random, but the same for one socket's datagrams */
 };
 
 /* Ports in a workload that are the agent's; see struct capture_key. */
@@ -50,8 +64,8 @@ static __always_inline struct endpoint_entry *sticky_endpoint(const struct affin
 	return endpoint;
 }
 
-static __always_inline struct endpoint_entry *pick_endpoint(__u32 workload,
-							    const struct service_entry *service)
+static __always_inline struct endpoint_entry *
+pick_endpoint(__u32 workload, const struct question *question, const struct service_entry *service)
 {
 	struct affinity_key sticky_key = { .workload = workload, .service = service->service };
 	struct slot_key key = { .service = service->service, .generation = service->generation };
@@ -59,17 +73,20 @@ static __always_inline struct endpoint_entry *pick_endpoint(__u32 workload,
 	struct endpoint_entry *endpoint;
 	struct slot_entry *slot;
 	__u32 chosen;
+	__u64 draw;
 
 	if (service->affinity_seconds) {
 		endpoint = sticky_endpoint(&sticky_key, service);
 		if (endpoint)
 			return endpoint;
 	}
-	key.slot = ((__u64)bpf_get_prandom_u32() * service->slots) >> 32;
+	draw = (__u64)question->draw * service->slots;
+	key.slot = draw >> 32;
 	slot = bpf_map_lookup_elem(&slots, &key);
 	if (!slot)
 		return 0;
-	chosen = bpf_get_prandom_u32() <= slot->threshold ? slot->endpoint : slot->alias;
+	/* What is left of the number below the slot is as random as the whole. */
+	chosen = (__u32)draw <= slot->threshold ? slot->endpoint : slot->alias;
 	endpoint = bpf_map_lookup_elem(&endpoints, &chosen);
 	if (endpoint && service->affinity_seconds) {
 		sticky.endpoint = chosen;
@@ -80,14 +97,13 @@ static __always_inline struct endpoint_entry *pick_endpoint(__u32 workload,
 }
 
 static __always_inline struct verdict_entry *find_verdict(__u32 source, __u32 policy_set, __u16 port,
-							  __u8 socket_class, __u8 protocol)
+							  __u8 socket_class)
 {
 	struct verdict_key key = {
 		.source = source,
 		.policy_set = policy_set,
 		.port = port,
 		.socket_class = socket_class,
-		.protocol = protocol,
 	};
 	struct verdict_entry *verdict = bpf_map_lookup_elem(&verdicts, &key);
 
@@ -98,10 +114,12 @@ static __always_inline struct verdict_entry *find_verdict(__u32 source, __u32 po
 }
 
 /* Replaces a service's address by an endpoint's. Returns a reason to refuse, or REASON_NONE. */
-static __always_inline __u16 resolve_service(__u32 workload, __u8 protocol, struct decision *d,
-					     struct grant *grant)
+static __always_inline __u16 resolve_service(__u32 workload, const struct question *question,
+					     struct decision *d, struct grant *grant)
 {
-	struct service_key key = { .address = d->destination, .port = d->port, .protocol = protocol };
+	struct service_key key = { .address = d->destination,
+				   .port = d->port,
+				   .protocol = question->protocol };
 	struct service_entry *service = bpf_map_lookup_elem(&services, &key);
 	struct endpoint_entry *endpoint;
 
@@ -113,11 +131,11 @@ static __always_inline __u16 resolve_service(__u32 workload, __u8 protocol, stru
 	grant->service = service->service;
 	if (!service->slots)
 		return REASON_NO_ENDPOINT;
-	endpoint = pick_endpoint(workload, service);
+	endpoint = pick_endpoint(workload, question, service);
 	if (!endpoint) /* the table was switched under us: once more with the new one */
 		service = bpf_map_lookup_elem(&services, &key);
 	if (!endpoint && service && service->slots)
-		endpoint = pick_endpoint(workload, service);
+		endpoint = pick_endpoint(workload, question, service);
 	if (!endpoint)
 		return REASON_NO_ENDPOINT;
 	d->destination = endpoint->address;
@@ -125,14 +143,13 @@ static __always_inline __u16 resolve_service(__u32 workload, __u8 protocol, stru
 	return REASON_NONE;
 }
 
-/* A connected UDP socket may never send: resolvers connect one only to learn which source address an
+/* A connected datagram socket may never send: resolvers connect one only to learn which source address an
  * answer would be reached from. It is led to the workload itself, where nothing listens on port 0. */
 static __always_inline void park(struct decision *d, const struct workload_entry *self)
 {
 	d->destination = address_is_v4(&d->destination) ? self->v4 : self->v6;
 	d->port = 0;
 	d->action = ACTION_DIRECT;
-	d->reason = REASON_UDP_NOT_CARRIED;
 	d->local = 1;
 }
 
@@ -148,29 +165,43 @@ static __always_inline void redirect_to_own(struct decision *d, const struct wor
 	d->local = 1;
 }
 
-/* What asks for a decision. */
-enum call {
-	CALL_CONNECT,
-	CALL_SENDMSG,
-};
+/*
+ * Whether a workload of this node may ask the server `self` on this port by datagrams: then the server may answer it.
+ * Whether the client takes what comes is looked at where it arrives.
+ */
+static __always_inline int may_answer(const struct workload_entry *self,
+				      const struct workload_entry *client, __u16 own_port,
+				      __u32 family)
+{
+	struct verdict_entry *verdict;
+
+	if (!own_port)
+		return 0;
+	verdict = find_verdict(client->source[family & 1], self->policy_set[family & 1], own_port,
+			       CLASS_APP);
+	return verdict && verdict->action == ACTION_DIRECT;
+}
 
 /* Decides a connection (or datagram) of `state`'s socket to d->destination:d->port. */
-static __always_inline void decide(const struct socket_state *state, enum call call, __u8 protocol,
+static __always_inline void decide(const struct socket_state *state, const struct question *question,
 				   struct decision *d, struct grant *grant)
 {
+	int datagram = question->protocol == IPPROTO_UDP;
+	int connects_datagram = datagram && question->call == CALL_CONNECT;
 	__u32 workload = state->workload;
 	struct workload_entry *self = bpf_map_lookup_elem(&workloads, &workload);
 	struct workload_entry *peer;
 	struct address_entry *target;
 	struct verdict_entry *verdict;
-	__u32 peer_id;
+	__u32 peer_id, family;
 
 	d->action = ACTION_DENY;
 	d->reason = REASON_NO_IDENTITY;
 	if (!self || self->netns != state->netns)
 		return;
+	family = address_family(&d->destination);
 	grant->source_workload = workload;
-	grant->source = self->source[address_family(&d->destination)];
+	grant->source = self->source[family & 1];
 	if (address_is_loopback(&d->destination) || address_equal(&d->destination, &self->v4) ||
 	    address_equal(&d->destination, &self->v6)) {
 		d->action = ACTION_DIRECT;
@@ -189,24 +220,30 @@ static __always_inline void decide(const struct socket_state *state, enum call c
 			return;
 		}
 	}
-	if (protocol == IPPROTO_UDP) {
-		d->reason = REASON_UDP_NOT_CARRIED;
-		if (call == CALL_CONNECT)
+	if (connects_datagram && d->port == 0) {
+		park(d, self);
+		return;
+	}
+	d->reason = resolve_service(workload, question, d, grant);
+	if (d->reason != REASON_NONE) {
+		if (connects_datagram && d->reason == REASON_NO_SUCH_PORT)
 			park(d, self);
 		return;
 	}
-	d->reason = resolve_service(workload, protocol, d, grant);
-	if (d->reason != REASON_NONE)
-		return;
 	target = bpf_map_lookup_elem(&addresses, &d->destination);
 	if (!target) {
 		d->reason = grant->service ? REASON_NO_SUCH_ADDRESS : REASON_NO_EGRESS;
+		if (connects_datagram && d->reason == REASON_NO_EGRESS)
+			park(d, self);
 		return;
 	}
 	peer_id = target->workload;
 	grant->destination_workload = peer_id;
 	if (!(target->flags & ADDRESS_LOCAL)) {
-		redirect_to_own(d, self, workload, CAPTURE_AGENT, REASON_NO_TUNNEL);
+		if (datagram)
+			d->reason = REASON_UDP_NOT_CARRIED;
+		else
+			redirect_to_own(d, self, workload, CAPTURE_AGENT, REASON_NO_TUNNEL);
 		return;
 	}
 	if (peer_id == workload) { /* a service that led back to its caller */
@@ -215,10 +252,16 @@ static __always_inline void decide(const struct socket_state *state, enum call c
 		return;
 	}
 	peer = bpf_map_lookup_elem(&workloads, &peer_id);
-	verdict = peer ? find_verdict(grant->source,
-				      peer->policy_set[address_family(&d->destination)], d->port,
-				      state->socket_class, protocol)
+	verdict = peer ? find_verdict(grant->source, peer->policy_set[family & 1], d->port,
+				      state->socket_class)
 		       : 0;
+	if (datagram && peer && (!verdict || verdict->action != ACTION_DIRECT) &&
+	    may_answer(self, peer, question->own_port, family)) {
+		d->action = ACTION_DIRECT;
+		d->reason = REASON_NONE;
+		d->reply = 1;
+		return;
+	}
 	if (!verdict) {
 		d->reason = REASON_NO_VERDICT;
 		return;
@@ -227,6 +270,10 @@ static __always_inline void decide(const struct socket_state *state, enum call c
 	d->reason = verdict->reason;
 	if (verdict->action == ACTION_DIRECT)
 		d->action = ACTION_DIRECT;
+	else if (verdict->action == ACTION_DENY)
+		return;
+	else if (datagram) /* proxies carry no datagrams, so one that must be looked at goes nowhere */
+		d->reason = REASON_NO_CAPTURE_TARGET;
 	else if (verdict->action == ACTION_L7)
 		redirect_to_own(d, self, workload, CAPTURE_L7, REASON_NO_CAPTURE_TARGET);
 	else if (verdict->action == ACTION_AGENT)

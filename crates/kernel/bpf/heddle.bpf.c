@@ -3,6 +3,7 @@
  * Heddle's kernel programs, one object, so that all share one set of maps:
  *   socket.h   class and workload of every socket
  *   connect.h  the decision, at connect() (decide.h) and for datagrams
+ *   datagram.h whom a datagram socket has asked, and what went to and fro
  *   tcp.h      hand-over from client to server, flow records
  *   ingress.h  enforcement where packets arrive
  *   spoof.h    source addresses on the veth

@@ -11,6 +11,7 @@
 #include <linux/tcp.h>
 #include <linux/udp.h>
 
+#include "datagram.h"
 #include "decide.h"
 #include "flow.h"
 #include "socket.h"
@@ -18,7 +19,9 @@
 /* The identity id of peers that nobody vouches for. */
 #define SOURCE_ANONYMOUS 0
 
-static __always_inline int packet_tuple(struct __sk_buff *skb, struct tuple *t, __u8 *protocol)
+/* Also the length of the headers up to the transport's. */
+static __always_inline int packet_tuple(struct __sk_buff *skb, struct tuple *t, __u8 *protocol,
+					__u32 *headers)
 {
 	__u16 ports[2];
 	__u32 offset;
@@ -51,15 +54,19 @@ static __always_inline int packet_tuple(struct __sk_buff *skb, struct tuple *t, 
 		return 0;
 	t->source_port = bpf_ntohs(ports[0]);
 	t->destination_port = bpf_ntohs(ports[1]);
+	*headers = offset;
 	return 1;
 }
 
-static __always_inline int refuse_packet(struct __sk_buff *skb, const struct tuple *t, __u8 protocol,
-					 const struct grant *grant, __u16 reason)
+static __always_inline int refuse_packet(const struct tuple *t, __u8 protocol,
+					 struct socket_state *state, const struct grant *grant,
+					 __u16 reason)
 {
 	struct flow_event *event;
 
 	count(reason);
+	if (protocol == IPPROTO_UDP && !record_refusal(state))
+		return 0;
 	event = flow_begin(FLOW_REFUSED_INGRESS, grant);
 	if (!event)
 		return 0;
@@ -73,7 +80,7 @@ static __always_inline int refuse_packet(struct __sk_buff *skb, const struct tup
 	return 0;
 }
 
-static __always_inline int admit_anonymous(struct __sk_buff *skb, const struct tuple *t, __u8 protocol,
+static __always_inline int admit_anonymous(const struct tuple *t, __u8 protocol,
 					   struct socket_state *state)
 {
 	struct grant grant = { .destination_workload = state->workload };
@@ -85,19 +92,82 @@ static __always_inline int admit_anonymous(struct __sk_buff *skb, const struct t
 		grant.source_workload = known->workload;
 	/* A workload of this node always has a grant: without one it never passed its connect hook. */
 	if (known && (known->flags & ADDRESS_LOCAL))
-		return refuse_packet(skb, t, protocol, &grant, REASON_PEER_NOT_ATTESTED);
+		return refuse_packet(t, protocol, state, &grant, REASON_PEER_NOT_ATTESTED);
 	self = bpf_map_lookup_elem(&workloads, &state->workload);
 	if (!self)
-		return refuse_packet(skb, t, protocol, &grant, REASON_NO_IDENTITY);
+		return refuse_packet(t, protocol, state, &grant, REASON_NO_IDENTITY);
 	/* Asked as an app's: the strictest class of clients. */
 	verdict = find_verdict(SOURCE_ANONYMOUS, self->policy_set[address_family(&t->destination)],
-			       t->destination_port, CLASS_APP, protocol);
+			       t->destination_port, CLASS_APP);
 	if (!verdict)
-		return refuse_packet(skb, t, protocol, &grant, REASON_NO_VERDICT);
+		return refuse_packet(t, protocol, state, &grant, REASON_NO_VERDICT);
 	grant.policy = verdict->policy;
 	if (verdict->action != ACTION_DIRECT)
-		return refuse_packet(skb, t, protocol, &grant, verdict->reason);
+		return refuse_packet(t, protocol, state, &grant, verdict->reason);
 	return 1;
+}
+
+/* A datagram at a socket that has not asked for it: the socket is a server's. The sender's address is vouched for by
+ * the guard on its veth (spoof.h), so its identity is that of the workload that has the address. */
+static __always_inline int admit_datagram(const struct tuple *t, struct socket_state *state,
+					  __u32 bytes)
+{
+	__u32 family = address_family(&t->destination);
+	struct address_entry *known = bpf_map_lookup_elem(&addresses, &t->source);
+	struct grant grant = { .destination_workload = state->workload,
+			       .original = t->destination,
+			       .original_port = t->destination_port };
+	struct workload_entry *from, *self;
+	struct verdict_entry *verdict;
+	__u16 reason = REASON_NO_VERDICT;
+
+	if (!known || !(known->flags & ADDRESS_LOCAL)) {
+		if (!admit_anonymous(t, IPPROTO_UDP, state))
+			return 0;
+		count_request(datagram_flow(t, &grant), bytes);
+		return 1;
+	}
+	grant.source_workload = known->workload;
+	from = bpf_map_lookup_elem(&workloads, &grant.source_workload);
+	self = bpf_map_lookup_elem(&workloads, &state->workload);
+	if (from && self) {
+		grant.source = from->source[family & 1];
+		verdict = find_verdict(grant.source, self->policy_set[family & 1],
+				       t->destination_port, CLASS_APP);
+		if (verdict) {
+			grant.policy = verdict->policy;
+			grant.reason = verdict->reason;
+			reason = verdict->reason;
+			if (verdict->action == ACTION_DIRECT) {
+				count_request(datagram_flow(t, &grant), bytes);
+				return 1;
+			}
+		}
+	}
+	return refuse_packet(t, IPPROTO_UDP, state, &grant, reason);
+}
+
+static __always_inline int datagram_in(struct __sk_buff *skb, struct bpf_sock *socket,
+				       const struct tuple *t, struct socket_state *state,
+				       __u32 headers)
+{
+	__u32 bytes = skb->len - headers - sizeof(struct udphdr);
+	__u64 now = bpf_ktime_get_ns();
+	struct peer *peer;
+
+	/* A connected socket gets only what its peer sends (the kernel sees to that), and was allowed to ask it. */
+	if (socket->state == BPF_TCP_ESTABLISHED &&
+	    (state->flags & (SOCKET_ADMITTED | SOCKET_REPLIES)) == SOCKET_ADMITTED) {
+		count_answer(t, &state->grant, bytes);
+		return 1;
+	}
+	peer = find_peer(socket, &t->source, t->source_port, now);
+	if (peer) {
+		peer->last_ns = now;
+		count_answer(t, 0, bytes);
+		return 1;
+	}
+	return admit_datagram(t, state, bytes);
 }
 
 /* A socket that no sock_create saw (it was made before the programs were attached). */
@@ -121,6 +191,7 @@ int heddle_ingress(struct __sk_buff *skb)
 	struct socket_state *state;
 	struct tuple t = {};
 	struct grant none = {}, *grant;
+	__u32 headers = 0;
 	__u8 protocol = 0;
 
 	socket = socket ? bpf_sk_fullsock(socket) : 0;
@@ -138,20 +209,18 @@ int heddle_ingress(struct __sk_buff *skb)
 	if ((state->flags & SOCKET_ADMITTED) && socket->state != BPF_TCP_LISTEN &&
 	    socket->protocol == IPPROTO_TCP)
 		return 1;
-	if (!packet_tuple(skb, &t, &protocol))
-		return refuse_packet(skb, &t, protocol, &none, REASON_PROTOCOL_NOT_CARRIED);
+	if (!packet_tuple(skb, &t, &protocol, &headers))
+		return refuse_packet(&t, protocol, state, &none, REASON_PROTOCOL_NOT_CARRIED);
 	/* Such packets cannot come from outside: the kernel drops them as martians. */
 	if (address_is_loopback(&t.source) || address_is_loopback(&t.destination) ||
 	    address_equal(&t.source, &t.destination))
 		return 1;
-	if (protocol == IPPROTO_UDP) {
-		none.destination_workload = state->workload;
-		return refuse_packet(skb, &t, protocol, &none, REASON_UDP_NOT_CARRIED);
-	}
+	if (protocol == IPPROTO_UDP)
+		return datagram_in(skb, socket, &t, state, headers);
 	grant = bpf_map_lookup_elem(&handshakes, &t);
 	if (!grant)
-		return admit_anonymous(skb, &t, protocol, state);
+		return admit_anonymous(&t, protocol, state);
 	if (grant->destination_workload != state->workload)
-		return refuse_packet(skb, &t, protocol, grant, REASON_PEER_NOT_ATTESTED);
+		return refuse_packet(&t, protocol, state, grant, REASON_PEER_NOT_ATTESTED);
 	return 1;
 }

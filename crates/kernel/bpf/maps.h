@@ -29,6 +29,7 @@ HASH(verdicts, struct verdict_key, struct verdict_entry, 262144, BPF_F_NO_PREALL
 HASH(capture, struct capture_key, __u32, 4096, BPF_F_NO_PREALLOC);
 HASH(devices, __u32, struct device_entry, 1024, BPF_F_NO_PREALLOC);
 HASH(handshakes, struct tuple, struct grant, 32768, 0);
+HASH(datagrams, struct tuple, struct datagram_flow, 65536, BPF_F_NO_PREALLOC);
 
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
@@ -43,6 +44,13 @@ struct {
 	__type(key, int);
 	__type(value, struct socket_state);
 } sockets SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct peers);
+} peers SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);

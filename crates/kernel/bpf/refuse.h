@@ -12,6 +12,7 @@ const volatile __u32 has_set_retval = 1;
 #define EACCES 13
 #define EPROTONOSUPPORT 93
 #define ENETUNREACH 101
+#define ENOBUFS 105
 #define ECONNREFUSED 111
 
 static __always_inline int refuse_with(int error)
@@ -29,8 +30,9 @@ static __always_inline int error_of(__u16 reason)
 	case REASON_NO_IDENTITY:
 	case REASON_NO_CAPTURE_TARGET:
 	case REASON_STATE_FULL:
-	case REASON_UDP_NOT_CARRIED:
 		return EACCES;
+	case REASON_PEERS_FULL:
+		return ENOBUFS;
 	default:
 		return ECONNREFUSED;
 	}

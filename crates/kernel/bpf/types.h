@@ -59,14 +59,15 @@ enum reason {
 	REASON_DEVICE_UNKNOWN = 19,
 	REASON_EVENT_LOST = 20,
 	REASON_NEEDS_AGENT = 21,
-	REASON_COUNT = 22,
+	REASON_PEERS_FULL = 22,
+	REASON_COUNT = 23,
 };
 
 enum flow_kind {
 	FLOW_CLOSED = 1,          /* a connection ended; bytes and round-trip time are final */
 	FLOW_REFUSED_CONNECT = 2, /* refused in the client's connect() */
 	FLOW_REFUSED_INGRESS = 3, /* refused where it arrived */
-	FLOW_OPENED = 4,          /* a connection was established */
+	FLOW_OPENED = 4,          /* a connection was established, or a first datagram let in */
 };
 
 /* cgroups: cgroup id -> who lives there. */
@@ -133,7 +134,7 @@ struct verdict_key {
 	__u32 policy_set;
 	__u16 port; /* 0: every port without an entry of its own */
 	__u8 socket_class;
-	__u8 protocol;
+	__u8 padding;
 };
 
 struct verdict_entry {
@@ -196,13 +197,50 @@ struct tuple {
 #define SOCKET_REDIRECTED 16 /* the peer's address shown to the program is grant.original */
 #define SOCKET_FIN_ACKED 32  /* TCP counts a SYN and a FIN as one byte each: these are not payload */
 #define SOCKET_FIN_RECEIVED 64
+#define SOCKET_REPLIES 128   /* a datagram server's, connected to a client that may call it */
 struct socket_state {
 	__u64 netns;
 	__u32 workload;
 	__u32 socket_class;
 	__u32 flags;
-	__u32 padding;
+	__u32 refused_at; /* when a refused datagram was last recorded, in units of 2^20 ns */
 	struct grant grant;
+};
+
+/*
+ * peers: whom an unconnected datagram socket has asked lately, kept in the socket: what comes back is let in, and shown
+ * under the address that the program asked for. A table of sets: a peer's place is one of PEER_WAYS.
+ */
+#define PEER_SETS 32
+#define PEER_WAYS 8
+struct peer {
+	struct address address;
+	struct address original;
+	__u64 last_ns; /* 0: never used */
+	__u16 port;
+	__u16 original_port;
+	__u32 padding;
+};
+struct peers {
+	struct peer peer[PEER_SETS * PEER_WAYS];
+};
+
+/* datagrams: what went between a client's and a server's datagram socket. Only told, never decided by. */
+struct datagram_flow {
+	__u64 start_ns;
+	__u64 last_ns;
+	__u64 bytes_sent;     /* by the client */
+	__u64 bytes_received; /* by the client */
+	struct address original;
+	__u32 source_workload;
+	__u32 source;
+	__u32 destination_workload;
+	__u32 policy;
+	__u32 service;
+	__u32 packets_sent;
+	__u32 packets_received;
+	__u16 original_port;
+	__u16 reason;
 };
 
 struct flow_event {

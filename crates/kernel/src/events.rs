@@ -4,17 +4,19 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 
 use aya::maps::{MapData, RingBuf};
 
-use crate::FlowEvent;
+use crate::{Datagrams, FlowEvent};
 
 /// The one reader of a node's flow records. Readable (poll) when a quarter of the buffer is full; before that,
 /// [`FlowReader::next`] finds what is there whenever it is asked.
 pub struct FlowReader {
     ring: RingBuf<MapData>,
+    /// What went between datagram sockets, which has no closing event.
+    pub datagrams: Datagrams,
 }
 
 impl FlowReader {
-    pub(crate) fn new(ring: RingBuf<MapData>) -> Self {
-        Self { ring }
+    pub(crate) fn new(ring: RingBuf<MapData>, datagrams: Datagrams) -> Self {
+        Self { ring, datagrams }
     }
 }
 

@@ -5,6 +5,7 @@
 //! programs is told in ARCHITECTURE.md.
 
 mod attach;
+mod datagrams;
 mod error;
 mod events;
 mod loader;
@@ -17,6 +18,7 @@ mod types;
 pub use attach::AttachedProgram;
 /// What may be a key or a value of a [`Table`].
 pub use aya::Pod;
+pub use datagrams::Datagrams;
 pub use error::KernelError;
 pub use events::FlowReader;
 pub use loader::{Kernel, KernelConfig, MapSizes, Tables};
@@ -24,9 +26,9 @@ pub use probe::missing_features;
 pub use reason::Reason;
 pub use table::Table;
 pub use types::{
-    Action, Address, AddressEntry, CaptureKey, CaptureKind, CgroupEntry, DeviceEntry,
+    Action, Address, AddressEntry, CaptureKey, CaptureKind, CgroupEntry, DatagramFlow, DeviceEntry,
     EndpointEntry, FlowEvent, FlowKind, ServiceEntry, ServiceKey, SlotEntry, SlotKey, SocketClass,
-    VerdictEntry, VerdictKey, WorkloadEntry,
+    Tuple, VerdictEntry, VerdictKey, WorkloadEntry,
 };
 
 /// Identity id of peers that nobody vouches for (traffic from outside the mesh).

@@ -18,9 +18,9 @@ use aya::{
 };
 
 use crate::{
-    AddressEntry, AttachedProgram, CaptureKey, CgroupEntry, DeviceEntry, EndpointEntry, FlowReader,
-    KernelError, Reason, ServiceEntry, ServiceKey, SlotEntry, SlotKey, Table, VerdictEntry,
-    VerdictKey, WorkloadEntry, attach, probe, types::Address,
+    AddressEntry, AttachedProgram, CaptureKey, CgroupEntry, Datagrams, DeviceEntry, EndpointEntry,
+    FlowReader, KernelError, Reason, ServiceEntry, ServiceKey, SlotEntry, SlotKey, Table,
+    VerdictEntry, VerdictKey, WorkloadEntry, attach, probe, types::Address,
 };
 
 const OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/heddle.bpf.o"));
@@ -52,6 +52,8 @@ pub struct MapSizes {
     pub verdicts: u32,
     /// Connections between SYN and accept.
     pub handshakes: u32,
+    /// Pairs of datagram sockets with a record of what went between them.
+    pub datagrams: u32,
     /// Clients times services with session affinity (the least recently used is forgotten).
     pub affinity: u32,
     /// Flow records, in bytes; a power of two.
@@ -67,6 +69,7 @@ impl Default for MapSizes {
             endpoints: 131_072,
             verdicts: 262_144,
             handshakes: 32_768,
+            datagrams: 65_536,
             affinity: 65_536,
             flow_bytes: 4 << 20,
         }
@@ -75,7 +78,7 @@ impl Default for MapSizes {
 
 impl MapSizes {
     /// Slots and endpoints exist twice while a service switches tables.
-    fn of(&self) -> [(&'static str, u32); 12] {
+    fn of(&self) -> [(&'static str, u32); 13] {
         [
             ("cgroups", self.workloads * 2 + 2),
             ("workloads", self.workloads),
@@ -87,6 +90,7 @@ impl MapSizes {
             ("capture", self.workloads * 4),
             ("devices", self.workloads),
             ("handshakes", self.handshakes),
+            ("datagrams", self.datagrams),
             ("affinity", self.affinity),
             ("flows", self.flow_bytes),
         ]
@@ -153,7 +157,7 @@ impl Kernel {
             .of()
             .map(|(name, _)| name)
             .into_iter()
-            .chain(["sockets", "reasons"])
+            .chain(["sockets", "peers", "reasons"])
         {
             loader.map_pin_path(name, maps.join(name));
         }
@@ -180,6 +184,8 @@ impl Kernel {
             .map_err(|source| KernelError::map("reasons", source))?;
         let ring = RingBuf::try_from(take_map(&mut object, "flows")?)
             .map_err(|source| KernelError::map("flows", source))?;
+        let datagrams = BpfHashMap::try_from(take_map(&mut object, "datagrams")?)
+            .map_err(|source| KernelError::map("datagrams", source))?;
         let kernel = Self {
             tables,
             config,
@@ -187,7 +193,7 @@ impl Kernel {
             reasons,
             attached: Vec::new(),
         };
-        Ok((kernel, FlowReader::new(ring)))
+        Ok((kernel, FlowReader::new(ring, Datagrams::new(datagrams))))
     }
 
     /// Whether an earlier agent left programs attached to this node.

@@ -50,7 +50,7 @@ reasons! {
     NoTunnel = 11, "REASON_NO_TUNNEL", "no-tunnel", "The destination is on another node, and there is no tunnel to it.";
     NoIdentity = 12, "REASON_NO_IDENTITY", "no-identity", "The socket belongs to no enrolled workload.";
     NoCaptureTarget = 13, "REASON_NO_CAPTURE_TARGET", "no-capture-target", "Policy asks for a proxy, and none is listening in the workload.";
-    UdpNotCarried = 14, "REASON_UDP_NOT_CARRIED", "udp-not-carried", "UDP other than DNS is not carried.";
+    UdpNotCarried = 14, "REASON_UDP_NOT_CARRIED", "udp-not-carried", "The destination is on another node, and datagrams are carried within a node only.";
     ProtocolNotCarried = 15, "REASON_PROTOCOL_NOT_CARRIED", "protocol-not-carried", "Only TCP and UDP sockets can be made in a workload.";
     StateFull = 16, "REASON_STATE_FULL", "state-full", "The kernel had no room for the socket's state.";
     HandshakesFull = 17, "REASON_HANDSHAKES_FULL", "handshakes-full", "Too many handshakes at once.";
@@ -58,6 +58,7 @@ reasons! {
     DeviceUnknown = 19, "REASON_DEVICE_UNKNOWN", "device-unknown", "A packet from a device that belongs to no workload.";
     EventLost = 20, "REASON_EVENT_LOST", "event-lost", "A flow record found no room in the ring buffer.";
     NeedsAgent = 21, "REASON_NEEDS_AGENT", "needs-agent", "Policy depends on the client's address, and no agent listener is there to look at it.";
+    PeersFull = 22, "REASON_PEERS_FULL", "peers-full", "One datagram socket asked more peers within a minute than there is room for.";
 }
 
 #[cfg(test)]

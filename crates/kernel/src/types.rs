@@ -226,8 +226,8 @@ plain! {
         pub port: u16,
         /// [`SocketClass`] of the client's socket.
         pub socket_class: u8,
-        /// IP protocol number.
-        pub protocol: u8,
+        /// Zero.
+        pub padding: u8,
     }
 
     /// The answer.
@@ -260,6 +260,50 @@ plain! {
         pub mac: [u8; 6],
         /// Zero.
         pub padding: u16,
+    }
+
+    /// A connection as its client sees it.
+    pub struct Tuple {
+        /// Client address.
+        pub source: Address,
+        /// Server address after service resolution.
+        pub destination: Address,
+        /// Client port.
+        pub source_port: u16,
+        /// Server port.
+        pub destination_port: u16,
+    }
+
+    /// What went between a client's and a server's datagram socket so far.
+    pub struct DatagramFlow {
+        /// CLOCK_MONOTONIC of the first datagram, nanoseconds.
+        pub start_ns: u64,
+        /// Of the last one.
+        pub last_ns: u64,
+        /// Payload bytes that reached the server.
+        pub bytes_sent: u64,
+        /// Payload bytes that reached the client.
+        pub bytes_received: u64,
+        /// Address that the client asked for.
+        pub original: Address,
+        /// Workload id of the client, 0 if unknown.
+        pub source_workload: u32,
+        /// Identity id of the client.
+        pub source_identity: u32,
+        /// Workload id of the server.
+        pub destination_workload: u32,
+        /// Policy id that decided, 0 for none.
+        pub policy: u32,
+        /// Service id, 0 if an address was dialled.
+        pub service: u32,
+        /// Datagrams that reached the server.
+        pub packets_sent: u32,
+        /// Datagrams that reached the client.
+        pub packets_received: u32,
+        /// Port that the client asked for.
+        pub original_port: u16,
+        /// [`crate::Reason`].
+        pub reason: u16,
     }
 
     /// One flow record, as the kernel wrote it.
@@ -443,7 +487,7 @@ mod tests {
                 policy_set,
                 port,
                 socket_class,
-                protocol
+                padding
             }
         );
         check!(
@@ -463,6 +507,40 @@ mod tests {
                 v6,
                 mac,
                 padding
+            }
+        );
+        check!(
+            "tuple",
+            Tuple {
+                source,
+                destination,
+                source_port,
+                destination_port
+            }
+        );
+        // "source" is the C name of the identity's number.
+        writeln!(
+            source,
+            "_Static_assert(__builtin_offsetof(struct datagram_flow, source) == {}, \"source_identity\");",
+            offset_of!(DatagramFlow, source_identity)
+        )
+        .unwrap();
+        check!(
+            "datagram_flow",
+            DatagramFlow {
+                start_ns,
+                last_ns,
+                bytes_sent,
+                bytes_received,
+                original,
+                source_workload,
+                destination_workload,
+                policy,
+                service,
+                packets_sent,
+                packets_received,
+                original_port,
+                reason
             }
         );
         check!(

@@ -4,6 +4,7 @@ use std::net::IpAddr;
 
 use api::{
     node_config::NodeConfig,
+    pod::Protocol,
     report::{ExplainedEndpoint, Explanation, FlowEnd, Verdict},
 };
 use kernel::{Action, Reason, SocketClass, VerdictEntry, VerdictKey};
@@ -13,8 +14,6 @@ use crate::{
     state::{MeshState, Workload},
 };
 
-const TCP: u8 = 6;
-
 /// Who wants to go where.
 #[derive(Debug, Clone)]
 pub(crate) struct Question {
@@ -22,9 +21,10 @@ pub(crate) struct Question {
     pub(crate) source: String,
     pub(crate) host: String,
     pub(crate) port: u16,
+    pub(crate) protocol: Protocol,
 }
 
-/// Answers for a TCP connection.
+/// Answers for a connection, or for datagrams.
 pub(crate) fn explain(
     state: &MeshState,
     dataplane: &DataPlane,
@@ -43,7 +43,10 @@ pub(crate) fn explain(
     let target = resolve(state, config, &source.message.namespace, &question.host)?;
     let mut answer = Explanation {
         source: end(source, config, None, 0),
-        asked: format!("{}:{}", question.host, question.port),
+        asked: match question.protocol {
+            Protocol::Tcp => format!("{}:{}", question.host, question.port),
+            Protocol::Udp => format!("{}:{}/udp", question.host, question.port),
+        },
         service: None,
         path: "refused".into(),
         verdict: Verdict::Denied,
@@ -54,18 +57,19 @@ pub(crate) fn explain(
     };
     let outcome = match target {
         Target::Service(name) => {
-            let service = &state.services[&name].message;
-            answer.service = Some(format!("{}/{}", service.namespace, service.name));
-            if service
-                .ports
-                .iter()
-                .any(|port| port.service_port == u32::from(question.port))
-            {
-                let candidates = service_endpoints(state, config, &name, question.port);
+            let service = &state.services[&name];
+            let port = (question.port, question.protocol);
+            answer.service = Some(format!(
+                "{}/{}",
+                service.message.namespace, service.message.name
+            ));
+            if service.ports().any(|other| other == port) {
+                let candidates = service_endpoints(state, config, &name, port);
                 judge_all(
                     state,
                     dataplane,
                     config,
+                    question.protocol,
                     source,
                     candidates,
                     &mut answer.endpoints,
@@ -86,6 +90,7 @@ pub(crate) fn explain(
                     state,
                     dataplane,
                     config,
+                    question.protocol,
                     source,
                     vec![only],
                     &mut answer.endpoints,
@@ -162,7 +167,7 @@ fn service_endpoints(
     state: &MeshState,
     config: &NodeConfig,
     name: &str,
-    port: u16,
+    port: (u16, Protocol),
 ) -> Vec<SharedEndpoint> {
     let v4 = endpoints(state, &config.node, name, port, false);
     if v4.is_empty() {
@@ -177,6 +182,7 @@ fn judge_all(
     state: &MeshState,
     dataplane: &DataPlane,
     config: &NodeConfig,
+    protocol: Protocol,
     source: &Workload,
     candidates: Vec<SharedEndpoint>,
     explained: &mut Vec<ExplainedEndpoint>,
@@ -188,7 +194,7 @@ fn judge_all(
         let Some(workload) = state.pod(&candidate.pod) else {
             continue;
         };
-        let (allowed, reason, policy) = verdict(dataplane, source, workload, &candidate);
+        let (allowed, reason, policy) = verdict(dataplane, protocol, source, workload, &candidate);
         if allowed || !any_allowed {
             summary = reason;
         }
@@ -217,6 +223,7 @@ fn judge_all(
 /// Reads the verdict from the kernel's own table.
 fn verdict(
     dataplane: &DataPlane,
+    protocol: Protocol,
     source: &Workload,
     destination: &Workload,
     endpoint: &SharedEndpoint,
@@ -226,7 +233,10 @@ fn verdict(
         dataplane.local(&source.pod()),
         dataplane.local(&destination.pod()),
     ) else {
-        return (false, Reason::NoTunnel, None);
+        return match protocol {
+            Protocol::Tcp => (false, Reason::NoTunnel, None),
+            Protocol::Udp => (false, Reason::UdpNotCarried, None),
+        };
     };
     if from.id == to.id {
         return (true, Reason::None, None);
@@ -244,7 +254,7 @@ fn verdict(
             policy_set: to.policy_set[family],
             port,
             socket_class: SocketClass::App as u8,
-            protocol: TCP,
+            padding: 0,
         })
     };
     let Some(VerdictEntry {

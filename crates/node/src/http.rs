@@ -2,12 +2,12 @@
 //!
 //! - `GET /v1/status` → `NodeStatus`
 //! - `GET /v1/flows?since=SEQUENCE&follow=true` → one `FlowRecord` per line
-//! - `GET /v1/explain?source=NAMESPACE/POD&host=HOST&port=PORT` → `Explanation`
+//! - `GET /v1/explain?source=NAMESPACE/POD&host=HOST&port=PORT&protocol=TCP` → `Explanation`
 //! - `GET /metrics` → Prometheus text
 
 use std::{convert::Infallible, fs, io, path::PathBuf, sync::Arc};
 
-use api::report::FlowRecord;
+use api::{pod::Protocol, report::FlowRecord};
 use axum::{
     Json, Router,
     body::{Body, Bytes},
@@ -72,6 +72,8 @@ struct ExplainQuery {
     source: String,
     host: String,
     port: u16,
+    #[serde(default)]
+    protocol: Protocol,
 }
 
 async fn explain(State(context): State<Context>, Query(query): Query<ExplainQuery>) -> Response {
@@ -80,6 +82,7 @@ async fn explain(State(context): State<Context>, Query(query): Query<ExplainQuer
         source: query.source,
         host: query.host,
         port: query.port,
+        protocol: query.protocol,
     };
     match ask(&context, Command::Explain(question, reply), answer).await {
         Ok(Ok(explanation)) => Json(explanation).into_response(),

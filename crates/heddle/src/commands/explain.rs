@@ -1,4 +1,4 @@
-//! `heddle explain SRC DST:PORT`.
+//! `heddle explain SRC DST:PORT[/udp]`.
 
 use std::process::ExitCode;
 
@@ -16,9 +16,9 @@ const DENIED: u8 = 3;
 
 pub(super) async fn run(args: ExplainArgs) -> anyhow::Result<ExitCode> {
     let socket = mesh_api::socket(&args.common.mesh)?;
-    let (host, port) = split(&args.destination)?;
+    let (host, port, protocol) = split(&args.destination)?;
     let path = format!(
-        "/v1/explain?source={}&host={}&port={port}",
+        "/v1/explain?source={}&host={}&port={port}&protocol={protocol}",
         escape(&args.source),
         escape(host)
     );
@@ -33,11 +33,19 @@ pub(super) async fn run(args: ExplainArgs) -> anyhow::Result<ExitCode> {
     })
 }
 
-fn split(destination: &str) -> anyhow::Result<(&str, u16)> {
-    let expected = || format!("`{destination}` is not HOST:PORT, such as api:80 or [fd10::1]:80");
+fn split(destination: &str) -> anyhow::Result<(&str, u16, &'static str)> {
+    let expected = || {
+        format!("`{destination}` is not HOST:PORT, such as api:80, [fd10::1]:80 or logs:514/udp")
+    };
     let (host, port) = destination.rsplit_once(':').with_context(expected)?;
+    let (port, protocol) = match port.split_once('/') {
+        None | Some((_, "tcp")) => (port.trim_end_matches("/tcp"), "TCP"),
+        Some((port, "udp")) => (port, "UDP"),
+        Some(_) => anyhow::bail!(expected()),
+    };
     let port = port.parse().with_context(expected)?;
-    Ok((host.trim_start_matches('[').trim_end_matches(']'), port))
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    Ok((host, port, protocol))
 }
 
 fn print(answer: &Explanation) {
@@ -101,8 +109,11 @@ mod tests {
 
     #[test]
     fn destinations() {
-        assert_eq!(split("api:80").unwrap(), ("api", 80));
-        assert_eq!(split("[fd10::1]:80").unwrap(), ("fd10::1", 80));
+        assert_eq!(split("api:80").unwrap(), ("api", 80, "TCP"));
+        assert_eq!(split("api:80/tcp").unwrap(), ("api", 80, "TCP"));
+        assert_eq!(split("logs:514/udp").unwrap(), ("logs", 514, "UDP"));
+        assert_eq!(split("[fd10::1]:80").unwrap(), ("fd10::1", 80, "TCP"));
+        assert!(split("api:80/sctp").is_err());
         assert!(split("api").unwrap_err().to_string().contains("HOST:PORT"));
         assert!(split("api:http").is_err());
     }

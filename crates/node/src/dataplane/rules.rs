@@ -27,8 +27,6 @@ use crate::{
     state::{MeshState, Workload},
 };
 
-const TCP: u8 = 6;
-
 /// What is in the tables.
 #[derive(Debug, Default)]
 pub(crate) struct Rules {
@@ -286,7 +284,7 @@ fn write_verdicts(
         policy_set: set_id,
         port,
         socket_class: SocketClass::App as u8,
-        protocol: TCP,
+        padding: 0,
     };
     let others = verdict(None);
     tables.verdicts.set(key(0), others)?;

@@ -194,7 +194,7 @@ fn wanted_ports(state: &MeshState, node: &str, name: &str) -> Wanted {
                 },
                 padding: 0,
             };
-            let endpoints = endpoints(state, node, name, number, vip.is_ipv6());
+            let endpoints = endpoints(state, node, name, (number, protocol), vip.is_ipv6());
             let targets = endpoints
                 .into_iter()
                 .map(|endpoint| ((endpoint.address.into(), endpoint.port), endpoint.weight))
@@ -210,10 +210,18 @@ pub(crate) fn endpoints(
     state: &MeshState,
     node: &str,
     name: &str,
-    port: u16,
+    (port, protocol): (u16, Protocol),
     ipv6: bool,
 ) -> Vec<SharedEndpoint> {
     let Some(service) = state.services.get(name) else {
+        return Vec::new();
+    };
+    // Where TCP and UDP share a number, the n-th entry of that number is the n-th port's.
+    let nth = service
+        .ports()
+        .filter(|(number, _)| *number == port)
+        .position(|(_, other)| other == protocol);
+    let Some(nth) = nth else {
         return Vec::new();
     };
     let balancing = service.message.load_balancing.clone().unwrap_or_default();
@@ -240,18 +248,19 @@ pub(crate) fn endpoints(
                     .addresses
                     .iter()
                     .find(|address| address.is_ipv6() == ipv6)?,
-                port: target_port(workload, name, port)?,
+                port: target_port(workload, name, port, nth)?,
                 weight: workload.weight(),
             })
         })
         .collect()
 }
 
-fn target_port(workload: &Workload, service: &str, port: u16) -> Option<u16> {
+fn target_port(workload: &Workload, service: &str, port: u16, nth: usize) -> Option<u16> {
     let ports = &workload.message.services.get(service)?.ports;
     let found = ports
         .iter()
-        .find(|other| other.service_port == u32::from(port))?;
+        .filter(|other| other.service_port == u32::from(port))
+        .nth(nth)?;
     u16::try_from(found.target_port).ok()
 }
 
