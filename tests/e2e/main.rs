@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used)] // A failed test is what a panic is for.
 
 mod containment;
+mod datagrams;
 mod harness;
 mod input;
 mod life;

@@ -14,6 +14,8 @@ use crate::harness::{
 
 const FILE: &str = "peers.yaml";
 const PORT: u16 = 8000;
+/// For datagrams: the server's program does not listen there.
+const DATAGRAM_PORT: u16 = 8001;
 /// A packet that is dropped is never answered: this long is waited for an answer.
 const SILENCE: Duration = Duration::from_millis(700);
 
@@ -129,16 +131,16 @@ fn until_silent(mesh: &Mesh, node: &str, address: IpAddr) {
 
 fn a_datagram_is_counted_and_dropped(mesh: &Mesh, address: IpAddr) {
     // Somebody listens, so that the packet meets a socket.
-    let mut listener = mesh.talk("web", "datagrams", &[&PORT.to_string()]);
+    let mut listener = mesh.talk("web", "datagrams", &[&DATAGRAM_PORT.to_string()]);
     assert_eq!(listener.hear::<String>(), "listening");
-    let before = mesh.count("node-1", "udp-not-carried");
+    let before = mesh.count("node-1", "peer-not-attested");
     let send = || {
         let socket = UdpSocket::bind("0.0.0.0:0")?;
-        socket.send_to(b"hello", (address, PORT))
+        socket.send_to(b"hello", (address, DATAGRAM_PORT))
     };
     mesh.namespace_of_node("node-1").run(send).unwrap().unwrap();
     until("the datagram is counted", EDIT_PATIENCE, || {
-        match mesh.count("node-1", "udp-not-carried") {
+        match mesh.count("node-1", "peer-not-attested") {
             now if now > before => Ok(()),
             now => Err(now.to_string()),
         }

@@ -95,12 +95,14 @@ static __always_inline int record_refusal(struct socket_state *state)
 	return 1;
 }
 
-static __always_inline void report_first(const struct tuple *t, const struct grant *grant)
+static __always_inline void report_first(const struct tuple *t, const struct grant *grant,
+					 __u64 start_ns)
 {
 	struct flow_event *event = flow_begin(FLOW_OPENED, grant);
 
 	if (!event)
 		return;
+	event->cookie = start_ns; /* tells it from all others of the node */
 	event->source = t->source;
 	event->destination = t->destination;
 	event->source_port = t->source_port;
@@ -136,7 +138,7 @@ static __always_inline struct datagram_flow *datagram_flow(const struct tuple *t
 			count(REASON_EVENT_LOST);
 		return flow;
 	}
-	report_first(t, grant);
+	report_first(t, grant, fresh.start_ns);
 	return bpf_map_lookup_elem(&datagrams, t);
 }
 

@@ -312,7 +312,8 @@ plain! {
         pub time_ns: u64,
         /// Since the decision in `connect()`, nanoseconds.
         pub duration_ns: u64,
-        /// Socket cookie of the reporting side.
+        /// Identifies the connection on its node: the reporting side's socket cookie, or (far above any) the
+        /// time of the first datagram.
         pub cookie: u64,
         /// Bytes sent by the client and acknowledged.
         pub bytes_sent: u64,
@@ -363,7 +364,9 @@ impl AddressEntry {
 }
 
 impl FlowEvent {
+    const CLOSED: u8 = 1;
     const ESTABLISHED: u8 = 8;
+    const UDP: u8 = 17;
 
     /// Reads one ring buffer record; `None` if it is not of this shape.
     pub(crate) fn from_bytes(bytes: &[u8]) -> Option<Self> {
@@ -375,11 +378,47 @@ impl FlowEvent {
         Some(unsafe { bytes.as_ptr().cast::<Self>().read_unaligned() })
     }
 
+    /// A record of datagrams as if it were a connection's: with its figures up to now, and as closed.
+    #[must_use]
+    pub fn of_datagrams(tuple: &Tuple, flow: &DatagramFlow) -> Self {
+        Self {
+            time_ns: flow.last_ns,
+            duration_ns: flow.last_ns.saturating_sub(flow.start_ns),
+            cookie: flow.start_ns,
+            bytes_sent: flow.bytes_sent,
+            bytes_received: flow.bytes_received,
+            source: tuple.source,
+            destination: tuple.destination,
+            original: flow.original,
+            source_workload: flow.source_workload,
+            source_identity: flow.source_identity,
+            destination_workload: flow.destination_workload,
+            policy: flow.policy,
+            service: flow.service,
+            srtt_us: 0,
+            retransmits: 0,
+            source_port: tuple.source_port,
+            destination_port: tuple.destination_port,
+            original_port: flow.original_port,
+            reason: flow.reason,
+            kind: Self::CLOSED,
+            protocol: Self::UDP,
+            socket_class: SocketClass::App as u8,
+            flags: Self::ESTABLISHED,
+        }
+    }
+
+    /// Whether it tells of datagrams.
+    #[must_use]
+    pub fn is_datagram(&self) -> bool {
+        self.protocol == Self::UDP
+    }
+
     /// What happened, or `None` for a kind this version does not know.
     #[must_use]
     pub fn kind(&self) -> Option<FlowKind> {
         match self.kind {
-            1 => Some(FlowKind::Closed),
+            Self::CLOSED => Some(FlowKind::Closed),
             2 => Some(FlowKind::RefusedConnect),
             3 => Some(FlowKind::RefusedIngress),
             4 => Some(FlowKind::Opened),

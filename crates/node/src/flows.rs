@@ -7,11 +7,11 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use api::report::{FlowEnd, FlowEventKind, FlowRecord, Verdict};
-use kernel::{FlowEvent, FlowKind, FlowReader, Reason};
+use kernel::{Datagrams, FlowEvent, FlowKind, FlowReader, Reason};
 use linux::readable::Readable;
 use telemetry::tcp::{DeniedLabels, Reporter, SecurityPolicy, TcpLabels, TcpMetrics};
 use tokio::sync::{broadcast, watch};
@@ -26,6 +26,11 @@ const FOLLOW_QUEUE: usize = 8192;
 const LOOK: Duration = Duration::from_millis(100);
 /// How long an agent that has just started waits for names before it writes records without them.
 const NAMES_PATIENCE: Duration = Duration::from_secs(10);
+/// Datagrams have no end: after this long without one, what went between two sockets is a record. (What exporters of
+/// flows call the inactive timeout, 15 s by default in most.)
+const DATAGRAMS_OVER: Duration = Duration::from_secs(15);
+/// How often it is looked for such ends.
+const DATAGRAMS_LOOK: Duration = Duration::from_secs(1);
 /// Records handled before other tasks get their turn.
 const BATCH: usize = 1024;
 
@@ -91,6 +96,7 @@ pub(crate) async fn read(
     };
     // Without a control plane there may never be names: numbers are better than nothing.
     let _ = tokio::time::timeout(NAMES_PATIENCE, names_known.wait_for(|known| *known)).await;
+    let mut looked = Instant::now();
     let watch = Readable::watch(&reader).map_err(NodeError::io("watch the flow records"))?;
     loop {
         // Either the buffer fills quickly and the kernel says so, or it is time to look.
@@ -106,6 +112,10 @@ pub(crate) async fn read(
                 break;
             }
             tokio::task::yield_now().await;
+        }
+        if looked.elapsed() >= DATAGRAMS_LOOK {
+            looked = Instant::now();
+            scribe.write_ended(&mut reader.datagrams, &log)?;
         }
     }
 }
@@ -123,8 +133,24 @@ impl Scribe {
             return;
         };
         let record = self.record(event, kind);
-        self.count(&record);
+        // The standard metrics are of TCP; refusals are Heddle's own, of everything.
+        if !event.is_datagram() || record.event == FlowEventKind::Refused {
+            self.count(&record);
+        }
         log.push(record);
+    }
+
+    /// Writes the records of datagrams that seem to be over.
+    fn write_ended(&self, datagrams: &mut Datagrams, log: &FlowLog) -> Result<(), NodeError> {
+        let latest = monotonic_ns().saturating_sub(DATAGRAMS_OVER.as_nanos() as u64);
+        for (tuple, seen) in datagrams.all()? {
+            if seen.last_ns < latest
+                && let Some(last) = datagrams.take(&tuple)?
+            {
+                self.write(&FlowEvent::of_datagrams(&tuple, &last), log);
+            }
+        }
+        Ok(())
     }
 
     fn record(&self, event: &FlowEvent, kind: FlowKind) -> FlowRecord {
@@ -147,7 +173,7 @@ impl Scribe {
                 event.destination_port,
             ),
             service: self.names.service(event.service),
-            protocol: if event.protocol == 17 { "UDP" } else { "TCP" }.into(),
+            protocol: if event.is_datagram() { "UDP" } else { "TCP" }.into(),
             path: if refused { "none" } else { "direct" }.into(),
             verdict: if refused {
                 Verdict::Denied
@@ -249,14 +275,18 @@ impl Clock {
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default()
             .as_nanos();
-        let monotonic = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)
-            .map_or(0, |time| Duration::from(time).as_nanos());
         Self {
-            offset_ns: wall.saturating_sub(monotonic),
+            offset_ns: wall.saturating_sub(u128::from(monotonic_ns())),
         }
     }
 
     fn wall_ms(&self, monotonic_ns: u64) -> u64 {
         u64::try_from((self.offset_ns + u128::from(monotonic_ns)) / 1_000_000).unwrap_or(u64::MAX)
     }
+}
+
+/// The clock of the kernel's records.
+fn monotonic_ns() -> u64 {
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)
+        .map_or(0, |time| Duration::from(time).as_nanos() as u64)
 }

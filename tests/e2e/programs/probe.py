@@ -115,6 +115,109 @@ def hold(host, port):
         say(stream.readline().decode())
 
 
+# --- Datagrams -------------------------------------------------------------------------------------
+
+
+def datagram_exchange(sock, address, connected, text):
+    """Sends one datagram and waits for the answer: how that looked from the program."""
+    result = {"error": None, "milliseconds": 0.0, "sender": None, "peer": None, "pod": None}
+    started = time.monotonic()
+    try:
+        if connected:
+            sock.connect(address)
+            result["peer"] = sock.getpeername()[0]
+            sock.send(text.encode())
+        else:
+            sock.sendto(text.encode(), address)
+        data, sender = sock.recvfrom(65535)
+        answer = json.loads(data)
+        assert answer["text"] == text, f"{text!r} came back as {answer}"
+        result["pod"] = answer["pod"]
+        result["sender"] = list(sender[:2])
+    except OSError as error:
+        result["error"] = name_of(error)
+    result["milliseconds"] = (time.monotonic() - started) * 1000
+    return result
+
+
+def ask_datagrams(how, family, count, *targets):
+    """Datagrams from one socket to HOST PORT HOST PORT ... in turn, `count` times each; `how` is `connected`,
+    `unconnected`, or `fresh`: unconnected, with a socket of its own for each."""
+    targets = [target(family, host, int(port)) for host, port in zip(targets[::2], targets[1::2])]
+    sock = datagram_socket(targets[0][0])
+    for number in range(int(count)):
+        for family, address in targets:
+            if how == "fresh":
+                sock = datagram_socket(family)
+            say(datagram_exchange(sock, address, how == "connected", f"question {number}"))
+
+
+def datagram_socket(family):
+    sock = socket.socket(family, socket.SOCK_DGRAM)
+    sock.settimeout(PATIENCE)
+    return sock
+
+
+def hold_datagrams(how, host, port):
+    """Keeps one datagram socket: sends every line of standard input to the server and says how each exchange looked."""
+    family, address = target("4", host, int(port))
+    sock = datagram_socket(family)
+    sock.settimeout(SILENCE)
+    connected = how == "connected"
+    if connected:
+        sock.connect(address)
+    say("ready")
+    for line in sys.stdin:
+        result = {"error": None, "sender": None}
+        try:
+            if connected:
+                sock.send(line.encode())
+            else:
+                sock.sendto(line.encode(), address)
+            result["sender"] = list(sock.recvfrom(65535)[1][:2])
+        except OSError as error:
+            result["error"] = name_of(error)
+        say(result)
+
+
+def ask_many_ports(host, first, last):
+    """One datagram to each of many ports from one unconnected socket: how many were refused with which error."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    errors = {}
+    for port in range(int(first), int(last)):
+        error = errno_of(lambda: sock.sendto(b"hello", (host, port)))
+        if error:
+            errors[error] = errors.get(error, 0) + 1
+    say(errors)
+
+
+def serve_connected(port):
+    """Answers the first datagram from a socket connected back to its sender, and all that follow on that one, until
+    standard input ends."""
+    threading.Thread(target=answer_connected, args=(int(port),), daemon=True).start()
+    sys.stdin.read()
+
+
+def answer_connected(port):
+    first = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    first.bind(("0.0.0.0", port))
+    say("listening")
+    data, sender = first.recvfrom(65535)
+    first.connect(sender)
+    while True:
+        answer = {"pod": os.environ["HOSTNAME"], "text": data.decode()}
+        first.send(json.dumps(answer).encode())
+        data = first.recv(65535)
+
+
+def datagram_from(own_port, host, port):
+    """Sends one datagram from a port of one's own."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.bind(("0.0.0.0", int(own_port)))
+    say(errno_of(lambda: sock.sendto(b"hello", (host, int(port)))))
+
+
 # --- Names -----------------------------------------------------------------------------------------
 
 
@@ -298,6 +401,7 @@ def greet_all(sock, accepted):
 
 COMMANDS = [
     connect, spoof, loop, hold, resolve, dns,
+    ask_datagrams, hold_datagrams, ask_many_ports, serve_connected, datagram_from,
     make_socket, datagram, fast_open, link_local, datagrams, call, relisten,
 ]  # fmt: skip
 {command.__name__: command for command in COMMANDS}[sys.argv[1]](*sys.argv[2:])

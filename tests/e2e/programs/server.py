@@ -1,8 +1,9 @@
 """A server that says who it is: python3 server.py PORT...
 
 To every connection it sends one line of JSON (its host name, the caller's address, its own address),
-and then sends back every line that it gets. It listens on IPv4 and IPv6. While it serves there is the
-file /tmp/healthy, for a probe to find and for a test to take away.
+and then sends back every line that it gets. Datagrams to the same ports it answers with such a line each, and what it
+got in it. It listens on IPv4 and IPv6. While it serves there is the file /tmp/healthy, for a probe to find and for a
+test to take away.
 """
 
 import json
@@ -39,8 +40,25 @@ class Server(socketserver.ThreadingTCPServer):
     request_queue_size = 128
 
 
+def answer_datagrams(sock):
+    while True:
+        data, sender = sock.recvfrom(65535)
+        greeting = {
+            "pod": os.environ["HOSTNAME"],
+            "peer": plain(sender[0]),
+            "text": data.decode(),
+        }
+        try:
+            sock.sendto(json.dumps(greeting).encode(), sender)
+        except OSError:
+            pass  # the caller is gone
+
+
 for port in sys.argv[1:]:
     server = Server(("::", int(port)), Greeter)
     threading.Thread(target=server.serve_forever).start()
+    datagrams = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    datagrams.bind(("::", int(port)))
+    threading.Thread(target=answer_datagrams, args=(datagrams,), daemon=True).start()
 open("/tmp/healthy", "w").close()
 print("serving", flush=True)
