@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeSet,
     fs::File,
-    process::{Child, ExitStatus},
+    process::{Child, Command, ExitStatus},
     time::Duration,
 };
 
@@ -11,7 +11,7 @@ use linux::pidfd::PidFd;
 use nix::sys::signal::Signal;
 
 use crate::harness::{
-    Mesh, PATIENCE,
+    Mesh, Outcome, PATIENCE,
     leftovers::{cgroup_of, processes_below, processes_of, run_dir},
     objects::{client, namespace, server, service},
     until,
@@ -50,7 +50,7 @@ fn an_interrupted_mesh_leaves_nothing() {
     // Down, and down again; up again after that.
     let down = mesh.run("down", &[]).success();
     assert!(down.stdout.contains("is not running"), "{down:#?}");
-    mesh.up(&[]);
+    up_in_the_background_holds_nothing_of_its_caller(&mesh);
     let processes = processes_below(&cgroup_of(mesh.name()));
     assert!(processes.len() > 3, "{processes:?}");
     let down = mesh.run("down", &[]).success();
@@ -62,6 +62,27 @@ fn an_interrupted_mesh_leaves_nothing() {
     let status = mesh.run("status", &[]);
     assert_eq!(status.code, 1);
     assert!(status.stderr.contains("heddle up"), "{status:#?}");
+}
+
+/// A lock that the caller holds, through a descriptor that its children inherit, ends with the caller.
+fn up_in_the_background_holds_nothing_of_its_caller(mesh: &Mesh) {
+    let lock = mesh.folder().join("lock");
+    let up = mesh.command("up");
+    let mut under_lock = Command::new("flock");
+    under_lock
+        .arg(&lock)
+        .arg(up.get_program())
+        .args(up.get_args())
+        .arg(mesh.folder())
+        .args(["--detach", "--timeout", "60"]);
+    Outcome::of(&mut under_lock).success();
+    Outcome::of(
+        Command::new("flock")
+            .arg("--nonblock")
+            .arg(&lock)
+            .arg("true"),
+    )
+    .success();
 }
 
 #[test]

@@ -10,6 +10,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use api::report::MeshStatus;
 use indicatif::{ProgressBar, ProgressStyle};
+use linux::place::Placement;
 use runtime::layout::Layout;
 
 use crate::{
@@ -50,8 +51,9 @@ fn spawn(args: &UpArgs, log: &Path) -> anyhow::Result<Child> {
     for server in &args.dns_upstream {
         command.args(["--dns-upstream", server]);
     }
-    // A terminal's Ctrl-C and hang-up are for who runs in it.
-    std::os::unix::process::CommandExt::process_group(&mut command, 0);
+    // A terminal's Ctrl-C and hang-up are for who runs in it, and descriptors (a lock, the end of a pipe) for who
+    // opened them: the mesh must not hold them for as long as it runs.
+    Placement::new().apply(&mut command);
     command
         .spawn()
         .context("cannot start the mesh in the background")
