@@ -13,14 +13,13 @@ mod report;
 use std::{path::PathBuf, process::Command, time::Duration};
 
 use anyhow::{Context, bail, ensure};
-use clap::{Args, ValueEnum};
+use clap::Args;
 
-use self::{
-    mesh::Mesh,
-    plain::Plain,
-    report::{Report, Scenario},
+use self::{mesh::Mesh, plain::Plain, report::Report};
+use crate::{
+    client::Measurement,
+    scenario::{Ends, Format, SCENARIOS, Scenario, heddle_program},
 };
-use crate::client::{Measurement, Mode};
 
 /// Arguments of `heddle-bench direct`.
 #[derive(Debug, Args)]
@@ -45,48 +44,8 @@ pub(crate) struct DirectArguments {
     #[arg(long)]
     heddle: Option<PathBuf>,
     /// How to print the figures.
-    #[arg(short, long, value_enum, default_value_t = Output::Table)]
-    output: Output,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Output {
-    /// For people.
-    Table,
-    /// For programs.
-    Json,
-}
-
-/// What is measured, in this order, in every round.
-const SCENARIOS: [Scenario; 4] = [
-    Scenario::new(Mode::Pingpong, 64),
-    Scenario::new(Mode::Pingpong, 4096),
-    Scenario::new(Mode::Bulk, 128 * 1024),
-    Scenario::new(Mode::Connect, 64),
-];
-
-/// The data port of the server on both sides.
-const PORT: u16 = 7000;
-
-/// How both sides run one end of a measurement.
-#[derive(Debug, Clone)]
-struct Ends {
-    /// This program, by a path that is the same inside a workload.
-    program: PathBuf,
-    client_cpu: usize,
-    server_cpu: usize,
-    seconds: f64,
-}
-
-impl Ends {
-    /// Arguments of this program as the server.
-    fn server_arguments(&self) -> [String; 3] {
-        [
-            "server".to_owned(),
-            format!("--port={PORT}"),
-            format!("--cpu={}", self.server_cpu),
-        ]
-    }
+    #[arg(short, long, value_enum, default_value_t = Format::Table)]
+    output: Format,
 }
 
 /// One side of the comparison.
@@ -123,7 +82,7 @@ pub(crate) fn run(arguments: &DirectArguments) -> anyhow::Result<()> {
         let other = Plain::start(&ends)?;
         measure_rounds(arguments.rounds, &other, &ends, &mut report)?;
     } else {
-        let heddle = heddle_program(arguments, &ends)?;
+        let heddle = heddle_program(arguments.heddle.as_ref(), &ends)?;
         let mesh = Mesh::start(&heddle, &ends)?;
         measure_rounds(arguments.rounds, &mesh, &ends, &mut report)?;
         drop(mesh);
@@ -134,8 +93,8 @@ pub(crate) fn run(arguments: &DirectArguments) -> anyhow::Result<()> {
         }
     }
     match arguments.output {
-        Output::Table => print!("{report}"),
-        Output::Json => println!("{}", serde_json::to_string_pretty(&report.figures())?),
+        Format::Table => print!("{report}"),
+        Format::Json => println!("{}", serde_json::to_string_pretty(&report.figures())?),
     }
     Ok(())
 }
@@ -176,51 +135,11 @@ fn measure_round(
 }
 
 fn measure(side: &dyn Side, scenario: &Scenario, ends: &Ends) -> anyhow::Result<Measurement> {
-    let target = side.target();
-    let arguments = [
-        "client".to_owned(),
-        format!("--mode={}", scenario.mode_argument()),
-        format!("--size={}", scenario.size),
-        format!("--seconds={}", ends.seconds),
-        format!("--cpu={}", ends.client_cpu),
-        format!("--connect={target}"),
-    ];
-    let output = side.client(&arguments)?;
-    ensure!(
-        output.status.success(),
-        "measuring {scenario} against {target} failed ({}): {}",
-        output.status,
-        String::from_utf8_lossy(&output.stderr).trim()
-    );
-    let measurement: Measurement = serde_json::from_slice(&output.stdout).with_context(|| {
-        format!(
-            "the client did not print a measurement but: {}",
-            String::from_utf8_lossy(&output.stdout)
-        )
-    })?;
-    ensure!(
-        measurement.errors == 0,
-        "{} connections to {target} failed while measuring {scenario}",
-        measurement.errors
-    );
-    Ok(measurement)
-}
-
-fn heddle_program(arguments: &DirectArguments, ends: &Ends) -> anyhow::Result<PathBuf> {
-    let heddle = arguments
-        .heddle
-        .clone()
-        .unwrap_or_else(|| ends.program.with_file_name("heddle"));
-    ensure!(
-        heddle.exists(),
-        "{} is missing: cargo build --release --bin heddle, or say --heddle PATH",
-        heddle.display()
-    );
-    Ok(heddle)
+    scenario.measure(ends, &side.target(), |arguments| side.client(arguments))
 }
 
 /// This program's path. Workloads see the machine's files, but have a /tmp and a /run of their own.
-fn own_program() -> anyhow::Result<PathBuf> {
+pub(crate) fn own_program() -> anyhow::Result<PathBuf> {
     let program = std::env::current_exe().context("cannot tell where this program is")?;
     for private in ["/tmp", "/run", "/var/tmp", "/dev"] {
         ensure!(

@@ -3,6 +3,8 @@
 //! - [`server`] and [`client`] are the two ends of a measurement: small, blocking programs on the
 //!   standard library's sockets, so that the figures are the kernel's and not a runtime's.
 //! - [`direct`] runs the two on the direct path and on plain TCP in turn, and compares.
+//! - [`scale`] runs them on the direct path under small and large loads, and times how changes travel.
+//! - [`scenario`] is what those two measure.
 //! - [`protocol`] is what the two say to each other.
 //! - [`samples`] turns latencies into percentiles.
 //! - [`affinity`] keeps an end on one CPU, where asked.
@@ -12,6 +14,8 @@ mod client;
 mod direct;
 mod protocol;
 mod samples;
+mod scale;
+mod scenario;
 mod server;
 
 use clap::{Parser, Subcommand};
@@ -32,6 +36,8 @@ enum Command {
     Client(client::ClientArguments),
     /// Compares the kernel's direct path in a mesh with plain TCP.
     Direct(direct::DirectArguments),
+    /// Compares the direct path under small and large loads, and times how changes reach the kernel.
+    DirectScale(scale::ScaleArguments),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -39,5 +45,6 @@ fn main() -> anyhow::Result<()> {
         Command::Server(arguments) => server::run(&arguments),
         Command::Client(arguments) => client::run(&arguments),
         Command::Direct(arguments) => direct::run(&arguments),
+        Command::DirectScale(arguments) => scale::run(&arguments),
     }
 }

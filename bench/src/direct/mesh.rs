@@ -10,8 +10,11 @@ use std::{
 
 use anyhow::{Context, ensure};
 
-use super::{Ends, PORT, Side};
-use crate::protocol::ACCEPT_PORT_OFFSET;
+use super::Side;
+use crate::{
+    protocol::ACCEPT_PORT_OFFSET,
+    scenario::{Ends, PORT},
+};
 
 /// What the replicas of the start-up measurement run.
 pub(super) const IDLE_PROGRAM: [&str; 2] = ["/bin/sleep", "1000000"];

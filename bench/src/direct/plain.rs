@@ -12,7 +12,8 @@ use anyhow::{Context, ensure};
 use futures::TryStreamExt;
 use rtnetlink::{Handle, LinkBridge, LinkUnspec, LinkVeth};
 
-use super::{Ends, PORT, Side, namespace::Namespace};
+use super::{Side, namespace::Namespace};
+use crate::scenario::{Ends, PORT};
 
 const SERVER_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 1);
 const CLIENT_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 2);

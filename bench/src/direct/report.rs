@@ -7,85 +7,17 @@ use std::{fmt, time::Duration};
 
 use serde::Serialize;
 
-use crate::client::{Measurement, Mode};
+use crate::{
+    client::Measurement,
+    scenario::{Metric, Scenario, median},
+};
 
-/// One kind of measurement.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Scenario {
-    pub(super) mode: Mode,
-    /// Message size in bytes.
-    pub(super) size: u32,
-}
-
-impl Scenario {
-    pub(super) const fn new(mode: Mode, size: u32) -> Self {
-        Self { mode, size }
-    }
-
-    /// The value of the client's `--mode`.
-    pub(super) fn mode_argument(&self) -> &'static str {
-        match self.mode {
-            Mode::Pingpong => "pingpong",
-            Mode::Bulk => "bulk",
-            Mode::Connect => "connect",
-        }
-    }
-
-    /// The figures that this kind of measurement yields.
-    fn metrics(&self) -> &'static [Metric] {
-        match self.mode {
-            Mode::Pingpong => &[Metric::P50, Metric::P99],
-            Mode::Bulk => &[Metric::Bytes],
-            Mode::Connect => &[Metric::Connections],
-        }
-    }
-}
-
-impl fmt::Display for Scenario {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.mode {
-            Mode::Pingpong => write!(formatter, "ping-pong {} B", self.size),
-            Mode::Bulk => write!(formatter, "bulk"),
-            Mode::Connect => write!(formatter, "new connections"),
-        }
-    }
-}
-
-/// One figure of a measurement.
-#[derive(Debug, Clone, Copy)]
-enum Metric {
-    P50,
-    P99,
-    Bytes,
-    Connections,
-}
-
-impl Metric {
-    /// In the unit that the report prints.
-    fn of(self, measurement: &Measurement) -> f64 {
-        match self {
-            Self::P50 => measurement.p50_ns as f64 / 1e3,
-            Self::P99 => measurement.p99_ns as f64 / 1e3,
-            Self::Bytes => measurement.bytes_per_second * 8.0 / 1e9,
-            Self::Connections => measurement.connections_per_second,
-        }
-    }
-
-    fn name_and_unit(self) -> (&'static str, &'static str) {
-        match self {
-            Self::P50 => ("p50", "µs"),
-            Self::P99 => ("p99", "µs"),
-            Self::Bytes => ("throughput", "Gbit/s"),
-            Self::Connections => ("rate", "1/s"),
-        }
-    }
-
-    fn aim(self) -> Aim {
-        match self {
-            Self::P50 | Self::P99 => Aim::AtMost(1.02),
-            Self::Bytes => Aim::AtLeast(0.98),
-            Self::Connections => Aim::AtLeast(0.92),
-        }
+/// What a figure should be, as a ratio to plain TCP.
+fn aim(metric: Metric) -> Aim {
+    match metric {
+        Metric::P50 | Metric::P99 => Aim::AtMost(1.02),
+        Metric::Bytes => Aim::AtLeast(0.98),
+        Metric::Connections => Aim::AtLeast(0.92),
     }
 }
 
@@ -228,8 +160,8 @@ impl Comparison {
             ratio_median,
             ratio_min: ratios.iter().copied().fold(f64::INFINITY, f64::min),
             ratio_max: ratios.iter().copied().fold(f64::NEG_INFINITY, f64::max),
-            aim: metric.aim().to_string(),
-            met: metric.aim().is_met(ratio_median),
+            aim: aim(metric).to_string(),
+            met: aim(metric).is_met(ratio_median),
         }
     }
 }
@@ -288,20 +220,10 @@ fn verdict(met: bool) -> &'static str {
     if met { "met" } else { "missed" }
 }
 
-/// The middle value, or the mean of the two middle ones; not a number when there is none.
-fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    match sorted.len() {
-        0 => f64::NAN,
-        odd if odd % 2 == 1 => sorted[odd / 2],
-        even => f64::midpoint(sorted[even / 2 - 1], sorted[even / 2]),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::client::Mode;
 
     fn measurement(p50_ns: u64) -> Measurement {
         Measurement {
@@ -336,12 +258,5 @@ mod tests {
     fn aims_look_the_right_way() {
         assert!(Aim::AtMost(1.02).is_met(1.0) && !Aim::AtMost(1.02).is_met(1.03));
         assert!(Aim::AtLeast(0.98).is_met(1.0) && !Aim::AtLeast(0.98).is_met(0.97));
-    }
-
-    #[test]
-    fn median_of_odd_even_and_none() {
-        assert_eq!(median(&[3.0, 1.0, 2.0]).to_bits(), 2.0_f64.to_bits());
-        assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]).to_bits(), 2.5_f64.to_bits());
-        assert!(median(&[]).is_nan());
     }
 }

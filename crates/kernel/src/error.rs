@@ -35,6 +35,14 @@ pub enum KernelError {
         /// What the kernel said.
         source: Box<aya::maps::MapError>,
     },
+    /// Writing or removing many entries at once failed.
+    #[error("map {table}: {source}")]
+    Batch {
+        /// Map name.
+        table: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// A map has no room; what was to be inserted is refused by the data path.
     #[error("map {table} is full ({capacity} entries): raise its size in the node's configuration")]
     Full {

@@ -353,8 +353,7 @@ where
     K: Pod + Eq + std::hash::Hash,
     V: Pod + PartialEq,
 {
-    let map = BpfHashMap::try_from(take_map(object, name)?)
-        .map_err(|source| KernelError::map(name, source))?;
+    let map = take_map(object, name)?;
     let capacity = sizes
         .of()
         .iter()

@@ -1,5 +1,5 @@
-//! The four bpf(2) commands for links that the loader library lacks or hides behind one link type each:
-//! create, update in place, pin, open a pin. All links of Heddle go through here, so all behave the same.
+//! The bpf(2) commands that the loader library lacks or hides behind one type each: for links create, update in
+//! place, pin, open a pin; for hash maps writing and removing many entries in one call.
 #![allow(unsafe_code)] // bpf(2) has no safe wrapper for these commands.
 
 use std::{
@@ -12,6 +12,7 @@ use std::{
     path::Path,
 };
 
+use aya::Pod;
 use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd};
 use nix::libc;
 
@@ -68,6 +69,52 @@ pub(crate) fn open_pin(path: &Path) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Inserts or replaces entries of a hash map, in order and in one call. `K` and `V` are of the map's sizes.
+///
+/// # Errors
+/// How many were written, and why the next one was not.
+pub(crate) fn update_batch<K: Pod, V: Pod>(
+    map: BorrowedFd<'_>,
+    keys: &[K],
+    values: &[V],
+) -> Result<(), (usize, io::Error)> {
+    assert_eq!(keys.len(), values.len(), "every key has its value");
+    let values = values.as_ptr() as u64;
+    batch(bpf_cmd::BPF_MAP_UPDATE_BATCH, map, keys, values)
+}
+
+/// Removes entries of a hash map, in order and in one call. `K` is of the map's size.
+///
+/// # Errors
+/// How many were removed, and why the next one was not.
+pub(crate) fn delete_batch<K: Pod>(
+    map: BorrowedFd<'_>,
+    keys: &[K],
+) -> Result<(), (usize, io::Error)> {
+    batch(bpf_cmd::BPF_MAP_DELETE_BATCH, map, keys, 0)
+}
+
+fn batch<K: Pod>(
+    command: bpf_cmd,
+    map: BorrowedFd<'_>,
+    keys: &[K],
+    values: u64,
+) -> Result<(), (usize, io::Error)> {
+    let mut attr = empty();
+    attr.batch.map_fd = map.as_raw_fd() as u32;
+    attr.batch.keys = keys.as_ptr() as u64;
+    attr.batch.values = values;
+    attr.batch.count = u32::try_from(keys.len()).unwrap_or(u32::MAX);
+    match call(command, &mut attr) {
+        Ok(_) => Ok(()),
+        Err(error) => {
+            // SAFETY: a union of plain integers; the kernel writes back how far it came.
+            let done = unsafe { attr.batch.count };
+            Err(((done as usize).min(keys.len()), error))
+        }
+    }
+}
+
 fn empty() -> bpf_attr {
     // SAFETY: a union of plain integers; all zero is what bpf(2) asks of unused fields.
     unsafe { std::mem::zeroed() }
@@ -75,7 +122,7 @@ fn empty() -> bpf_attr {
 
 fn call(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<RawFd> {
     // SAFETY: attr is a whole, initialised bpf_attr of the size given; every pointer in it comes from a
-    // CString that lives until the caller returns.
+    // CString or a slice that lives until the caller returns, and the kernel reads what is behind it only.
     let result = unsafe {
         libc::syscall(
             libc::SYS_bpf,

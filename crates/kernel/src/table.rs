@@ -4,14 +4,20 @@
 use std::{
     collections::{HashMap, hash_map},
     hash::Hash,
+    io,
+    os::fd::{AsFd, OwnedFd},
 };
 
 use aya::{
     Pod,
-    maps::{HashMap as BpfHashMap, MapData, MapError},
+    maps::{HashMap as BpfHashMap, Map, MapData, MapError},
 };
+use nix::libc;
 
-use crate::KernelError;
+use crate::{KernelError, sys};
+
+/// Entries per batched call: what the kernel copies in at a time stays small.
+const BATCH: usize = 4096;
 
 /// One typed map.
 #[derive(Debug)]
@@ -19,23 +25,29 @@ pub struct Table<K: Pod, V: Pod> {
     name: &'static str,
     capacity: u32,
     map: BpfHashMap<MapData, K, V>,
+    /// The same map, for the calls that the loader library lacks.
+    fd: OwnedFd,
     mirror: HashMap<K, V>,
 }
 
 impl<K: Pod + Eq + Hash, V: Pod + PartialEq> Table<K, V> {
-    pub(crate) fn open(
-        name: &'static str,
-        capacity: u32,
-        map: BpfHashMap<MapData, K, V>,
-    ) -> Result<Self, KernelError> {
-        let mirror = map
-            .iter()
-            .collect::<Result<_, _>>()
-            .map_err(|source| KernelError::map(name, source))?;
+    pub(crate) fn open(name: &'static str, capacity: u32, map: Map) -> Result<Self, KernelError> {
+        let failed = |source| KernelError::map(name, source);
+        let fd = match &map {
+            Map::HashMap(data) => data.fd().as_fd().try_clone_to_owned(),
+            _ => Err(io::Error::other("it is no hash map")),
+        };
+        let fd = fd.map_err(|source| KernelError::Batch {
+            table: name,
+            source,
+        })?;
+        let map = BpfHashMap::try_from(map).map_err(failed)?;
+        let mirror = map.iter().collect::<Result<_, _>>().map_err(failed)?;
         Ok(Self {
             name,
             capacity,
             map,
+            fd,
             mirror,
         })
     }
@@ -52,7 +64,7 @@ impl<K: Pod + Eq + Hash, V: Pod + PartialEq> Table<K, V> {
             .insert(key, value, 0)
             .map_err(|source| match source {
                 MapError::SyscallError(ref error)
-                    if error.io_error.raw_os_error() == Some(nix::libc::E2BIG) =>
+                    if error.io_error.raw_os_error() == Some(libc::E2BIG) =>
                 {
                     KernelError::Full {
                         table: self.name,
@@ -63,6 +75,92 @@ impl<K: Pod + Eq + Hash, V: Pod + PartialEq> Table<K, V> {
             })?;
         self.mirror.insert(key, value);
         Ok(true)
+    }
+
+    /// Writes many entries in order. What is not written after an error is left as it was.
+    ///
+    /// # Errors
+    /// As [`Table::set`].
+    pub fn set_all(
+        &mut self,
+        entries: impl IntoIterator<Item = (K, V)>,
+    ) -> Result<(), KernelError> {
+        let (mut keys, mut values) = (Vec::new(), Vec::new());
+        for (key, value) in entries {
+            if self.mirror.get(&key) == Some(&value) {
+                continue;
+            }
+            keys.push(key);
+            values.push(value);
+            if keys.len() == BATCH {
+                self.write(&keys, &values)?;
+                keys.clear();
+                values.clear();
+            }
+        }
+        self.write(&keys, &values)
+    }
+
+    fn write(&mut self, keys: &[K], values: &[V]) -> Result<(), KernelError> {
+        if keys.is_empty() {
+            return Ok(());
+        }
+        let outcome = sys::update_batch(self.fd.as_fd(), keys, values);
+        let written = outcome
+            .as_ref()
+            .map_or_else(|(done, _)| *done, |()| keys.len());
+        let pairs = keys.iter().copied().zip(values.iter().copied());
+        self.mirror.extend(pairs.take(written));
+        outcome.map_err(|(_, source)| {
+            if source.raw_os_error() == Some(libc::E2BIG) {
+                KernelError::Full {
+                    table: self.name,
+                    capacity: self.capacity,
+                }
+            } else {
+                self.batch_error(source)
+            }
+        })
+    }
+
+    /// Removes many entries, in order. Those that are not there are passed over.
+    ///
+    /// # Errors
+    /// Fails if the kernel refuses.
+    pub fn remove_all(&mut self, keys: impl IntoIterator<Item = K>) -> Result<(), KernelError> {
+        let keys: Vec<K> = keys
+            .into_iter()
+            .filter(|key| self.mirror.contains_key(key))
+            .collect();
+        for chunk in keys.chunks(BATCH) {
+            let mut left = chunk;
+            while !left.is_empty() {
+                let outcome = sys::delete_batch(self.fd.as_fd(), left);
+                let (mut done, error) = match outcome {
+                    Ok(()) => (left.len(), None),
+                    Err((done, error)) => (done, Some(error)),
+                };
+                let is_gone = |error: &io::Error| error.raw_os_error() == Some(libc::ENOENT);
+                // One that is gone already is what was asked for.
+                done += usize::from(error.as_ref().is_some_and(is_gone));
+                let (removed, rest) = left.split_at(done.min(left.len()));
+                for key in removed {
+                    self.mirror.remove(key);
+                }
+                if let Some(error) = error.filter(|error| !is_gone(error)) {
+                    return Err(self.batch_error(error));
+                }
+                left = rest;
+            }
+        }
+        Ok(())
+    }
+
+    fn batch_error(&self, source: io::Error) -> KernelError {
+        KernelError::Batch {
+            table: self.name,
+            source,
+        }
     }
 
     /// Removes an entry. Returns whether it was there.
@@ -76,7 +174,7 @@ impl<K: Pod + Eq + Hash, V: Pod + PartialEq> Table<K, V> {
         match self.map.remove(key) {
             Ok(()) | Err(MapError::KeyNotFound) => Ok(true),
             Err(MapError::SyscallError(error))
-                if error.io_error.raw_os_error() == Some(nix::libc::ENOENT) =>
+                if error.io_error.raw_os_error() == Some(libc::ENOENT) =>
             {
                 Ok(true)
             }
@@ -136,9 +234,6 @@ impl<K: Pod + Eq + Hash, V: Pod + PartialEq> Table<K, V> {
             .filter(|key| !keep(key))
             .copied()
             .collect();
-        for key in &stale {
-            self.remove(key)?;
-        }
-        Ok(())
+        self.remove_all(stale)
     }
 }
