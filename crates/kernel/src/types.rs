@@ -10,7 +10,7 @@ use std::{
 
 /// An IPv4 or IPv6 address as the maps have it.
 #[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Address([u32; 4]);
 
 impl From<IpAddr> for Address {

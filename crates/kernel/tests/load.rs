@@ -246,3 +246,79 @@ fn a_pin_folder_outside_a_bpffs_is_a_clear_error() {
 fn this_kernel_has_what_is_needed() {
     assert_eq!(kernel::missing_features(), Vec::<String>::new());
 }
+
+#[test]
+fn many_entries_at_once_are_what_one_by_one_makes() {
+    let ground = Ground::new("batch");
+    let (mut kernel, _flows) = Kernel::open(ground.config()).unwrap();
+    let addresses = &mut kernel.tables.addresses;
+    let key = |number: u32| kernel::Address::from(std::net::Ipv4Addr::from(number));
+    let entry = |workload| AddressEntry { workload, flags: 0 };
+    // More than one call takes, and one key twice: the later value stays.
+    let all = (0..10_000).map(|number| (key(number), entry(number)));
+    addresses
+        .set_all(all.chain([(key(7), entry(70_000))]))
+        .unwrap();
+    assert_eq!(addresses.len(), 10_000);
+    for (number, workload) in [
+        (0, 0),
+        (7, 70_000),
+        (4095, 4095),
+        (4096, 4096),
+        (9999, 9999),
+    ] {
+        assert_eq!(addresses.read(&key(number)), Some(entry(workload)));
+    }
+    // What another has removed meanwhile, or was never there, is passed over.
+    let (mut other, _flows) = Kernel::open(ground.config()).unwrap();
+    other.tables.addresses.remove(&key(100)).unwrap();
+    let gone = (0..5000).chain([123_456]);
+    addresses.remove_all(gone.map(key)).unwrap();
+    assert_eq!(addresses.len(), 5000);
+    let (fresh, _flows) = Kernel::open(ground.config()).unwrap();
+    assert_eq!(fresh.tables.addresses.len(), 5000);
+    assert_eq!(fresh.tables.addresses.read(&key(4999)), None);
+    assert_eq!(fresh.tables.addresses.read(&key(5000)), Some(entry(5000)));
+}
+
+#[test]
+fn many_entries_without_room_say_so_and_are_known_as_far_as_they_came() {
+    let ground = Ground::new("batch-full");
+    let (mut kernel, _flows) = Kernel::open(ground.config()).unwrap();
+    let devices = &mut kernel.tables.devices;
+    let entry = |index: u32| (index, kernel::DeviceEntry::default());
+    let error = devices.set_all((0..20).map(entry)).unwrap_err();
+    assert!(
+        matches!(error, KernelError::Full { capacity: 8, .. }),
+        "{error}"
+    );
+    assert_eq!(devices.len(), 8);
+    assert!((0..8).all(|index| devices.read(&index).is_some()));
+    devices.remove_all(0..8).unwrap();
+    devices.set_all((100..108).map(entry)).unwrap();
+}
+
+#[test]
+fn pinned_maps_show_what_the_agent_wrote_and_what_it_takes() {
+    let ground = Ground::new("pinned");
+    let (mut kernel, _flows) = Kernel::open(ground.config()).unwrap();
+    let maps = kernel::PinnedMaps::open(&ground.config().pin_dir).unwrap();
+    let address = kernel::Address::from(std::net::Ipv4Addr::LOCALHOST);
+    assert_eq!(maps.address(address), None);
+    let entry = AddressEntry {
+        workload: 7,
+        flags: 0,
+    };
+    kernel.tables.addresses.set(address, entry).unwrap();
+    assert_eq!(maps.address(address), Some(entry));
+    let memory = maps.memory().unwrap();
+    let workloads = memory.iter().find(|map| map.map == "workloads").unwrap();
+    assert_eq!(workloads.capacity, 8);
+    assert!(
+        memory
+            .iter()
+            .all(|map| map.map == "sockets" || map.map == "peers" || map.bytes > 0)
+    );
+    let elsewhere = tempfile::tempdir().unwrap();
+    assert!(kernel::PinnedMaps::open(elsewhere.path()).is_err());
+}

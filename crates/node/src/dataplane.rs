@@ -146,10 +146,9 @@ impl DataPlane {
         let tables = &mut self.kernel.tables;
         let mut failures = Vec::new();
         let local_changed = changes.workloads.iter().any(|name| {
-            state
-                .workloads
-                .get(name)
-                .is_none_or(|workload| self.locals.contains_key(&workload.pod()))
+            let now = state.workloads.get(name);
+            now.is_some_and(|workload| self.locals.contains_key(&workload.pod()))
+                || self.addresses.is_local(name)
         });
         if changes.policies || local_changed {
             self.rules.apply(
@@ -178,6 +177,21 @@ impl DataPlane {
             let outcome =
                 self.services
                     .apply(tables, &mut self.ids, state, &self.node, name, &self.names);
+            failures.extend(outcome.err());
+        }
+        for (name, members) in &changes.members {
+            if changes.services.contains(name) {
+                continue;
+            }
+            let outcome = self.services.apply_members(
+                tables,
+                &mut self.ids,
+                state,
+                &self.node,
+                name,
+                members,
+                &self.names,
+            );
             failures.extend(outcome.err());
         }
         for failure in failures {
@@ -361,3 +375,6 @@ impl ApplyError {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

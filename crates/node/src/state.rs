@@ -2,13 +2,15 @@
 //! workloads or of the kernel is here.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet, btree_map::Entry},
     net::IpAddr,
     sync::Arc,
 };
 
 use api::pod::Protocol;
+use ipnet::IpNet;
 use prost::Message;
+use sha2::{Digest as _, Sha256};
 use xds::{
     client::{Update, Upsert},
     proto::{
@@ -28,7 +30,16 @@ pub(crate) struct MeshState {
     by_address: HashMap<IpAddr, String>,
     by_vip: HashMap<IpAddr, String>,
     members: HashMap<String, BTreeSet<String>>,
+    /// Policies that need no naming by a workload: by namespace, the whole mesh's under the empty one.
+    scoped: HashMap<String, BTreeSet<String>>,
+    /// Hash of each policy's content.
+    digests: HashMap<String, Digest>,
+    /// Client networks that policies name, and in how many places.
+    networks: BTreeMap<IpNet, usize>,
 }
+
+/// SHA-256.
+pub(crate) type Digest = [u8; 32];
 
 /// A workload, with what needs decoding decoded once.
 #[derive(Debug)]
@@ -83,19 +94,45 @@ pub(crate) struct Service {
 /// What an update touched, to be compiled anew.
 #[derive(Debug, Default)]
 pub(crate) struct Changes {
+    /// Services that came, went or changed themselves.
     pub(crate) services: HashSet<String>,
+    /// By service, the replicas (resource names) that joined it, left it or changed.
+    pub(crate) members: HashMap<String, HashSet<String>>,
     /// Resource names.
     pub(crate) workloads: HashSet<String>,
     pub(crate) policies: bool,
+}
+
+impl Changes {
+    fn member(&mut self, service: &str, workload: &str) {
+        // Looked up before it is copied: most changes are of one service.
+        match self.members.get_mut(service) {
+            Some(members) => drop(members.insert(workload.to_owned())),
+            None => {
+                let members = HashSet::from([workload.to_owned()]);
+                self.members.insert(service.to_owned(), members);
+            }
+        }
+    }
 }
 
 impl MeshState {
     /// Takes an update in. Resources that cannot be understood are named in the error and keep their last good
     /// version; the others are in effect all the same.
     pub(crate) fn apply(&mut self, update: &Update, changes: &mut Changes) -> Result<(), String> {
+        self.take(&update.type_url, &update.upserts, &update.removed, changes)
+    }
+
+    pub(crate) fn take(
+        &mut self,
+        type_url: &str,
+        upserts: &[Upsert],
+        removed: &[String],
+        changes: &mut Changes,
+    ) -> Result<(), String> {
         let mut bad = Vec::new();
-        for upsert in &update.upserts {
-            let outcome = match update.type_url.as_str() {
+        for upsert in upserts {
+            let outcome = match type_url {
                 ADDRESS_TYPE => self.upsert_address(upsert, changes),
                 AUTHORIZATION_TYPE => self.upsert_policy(upsert, changes),
                 other => Err(format!("type {other} was not asked for")),
@@ -104,13 +141,13 @@ impl MeshState {
                 bad.push(format!("{}: {message}", upsert.name));
             }
         }
-        for name in &update.removed {
-            match update.type_url.as_str() {
+        for name in removed {
+            match type_url {
                 ADDRESS_TYPE => {
                     self.remove_workload(name, changes);
                     self.remove_service(name, changes);
                 }
-                _ => changes.policies |= self.policies.remove(name).is_some(),
+                _ => changes.policies |= self.remove_policy(name),
             }
         }
         if bad.is_empty() {
@@ -149,22 +186,50 @@ impl MeshState {
             .filter_map(|name| self.workloads.get(name))
     }
 
+    /// Resource names of the service's replicas.
+    pub(crate) fn member_names(&self, service: &str) -> impl Iterator<Item = &String> {
+        self.members.get(service).into_iter().flatten()
+    }
+
+    /// The replica of this resource name, if it is one of the service's.
+    pub(crate) fn member(&self, service: &str, workload: &str) -> Option<&Arc<Workload>> {
+        let members = self.members.get(service)?;
+        self.workloads
+            .get(workload)
+            .filter(|_| members.contains(workload))
+    }
+
     /// The policies that apply to a workload: by scope, or because it lists them. Sorted by name.
     pub(crate) fn policies_of(
         &self,
         workload: &Workload,
     ) -> Vec<(&String, &Arc<security::Authorization>)> {
-        self.policies
-            .iter()
-            .filter(|(name, policy)| match policy.scope() {
-                security::Scope::Global => true,
-                security::Scope::Namespace => policy.namespace == workload.message.namespace,
-                security::Scope::WorkloadSelector => {
-                    workload.message.authorization_policies.contains(name)
-                }
-            })
+        let message = &workload.message;
+        let scoped = ["", message.namespace.as_str()]
+            .into_iter()
+            .filter_map(|namespace| self.scoped.get(namespace))
+            .flatten();
+        let listed = message.authorization_policies.iter().filter(|name| {
+            self.policies
+                .get(*name)
+                .is_some_and(|policy| policy.scope() == security::Scope::WorkloadSelector)
+        });
+        let names: BTreeSet<&String> = scoped.chain(listed).collect();
+        names
+            .into_iter()
+            .filter_map(|name| self.policies.get_key_value(name))
             .filter(|(_, policy)| !policy.dry_run)
             .collect()
+    }
+
+    /// The hash of a policy's content; of none, if there is no policy of this name.
+    pub(crate) fn policy_digest(&self, name: &str) -> Digest {
+        self.digests.get(name).copied().unwrap_or_default()
+    }
+
+    /// Networks that any policy tells clients apart by, in order.
+    pub(crate) fn networks(&self) -> Vec<IpNet> {
+        self.networks.keys().copied().collect()
     }
 
     /// Whether every policy that the workload lists is here.
@@ -202,9 +267,44 @@ impl MeshState {
         let policy =
             security::Authorization::decode(upsert.body.clone()).map_err(|e| e.to_string())?;
         crate::policy::validate(&policy)?;
+        self.remove_policy(&upsert.name);
+        for network in crate::policy::named_sources(std::iter::once(&policy)) {
+            *self.networks.entry(network).or_default() += 1;
+        }
+        if let Some(scope) = scope_of(&policy) {
+            let scoped = self.scoped.entry(scope.to_owned()).or_default();
+            scoped.insert(upsert.name.clone());
+        }
+        self.digests
+            .insert(upsert.name.clone(), Sha256::digest(&upsert.body).into());
         self.policies.insert(upsert.name.clone(), Arc::new(policy));
         changes.policies = true;
         Ok(())
+    }
+
+    /// Returns whether it was there.
+    fn remove_policy(&mut self, name: &str) -> bool {
+        let Some(policy) = self.policies.remove(name) else {
+            return false;
+        };
+        self.digests.remove(name);
+        if let Some(scope) = scope_of(&policy)
+            && let Some(scoped) = self.scoped.get_mut(scope)
+        {
+            scoped.remove(name);
+            if scoped.is_empty() {
+                self.scoped.remove(scope);
+            }
+        }
+        for network in crate::policy::named_sources(std::iter::once(policy.as_ref())) {
+            if let Entry::Occupied(mut uses) = self.networks.entry(network) {
+                *uses.get_mut() -= 1;
+                if *uses.get() == 0 {
+                    uses.remove();
+                }
+            }
+        }
+        true
     }
 
     fn insert_workload(&mut self, name: String, workload: Workload, changes: &mut Changes) {
@@ -217,7 +317,7 @@ impl MeshState {
                 .entry(service.clone())
                 .or_default()
                 .insert(name.clone());
-            changes.services.insert(service.clone());
+            changes.member(service, &name);
         }
         changes.workloads.insert(name.clone());
         self.workloads.insert(name, Arc::new(workload));
@@ -250,7 +350,7 @@ impl MeshState {
                     self.members.remove(service);
                 }
             }
-            changes.services.insert(service.clone());
+            changes.member(service, name);
         }
         changes.workloads.insert(name.to_owned());
     }
@@ -264,6 +364,15 @@ impl MeshState {
             }
             changes.services.insert(name.to_owned());
         }
+    }
+}
+
+/// The namespace that a policy applies to by itself (the whole mesh: the empty one), or `None`.
+fn scope_of(policy: &security::Authorization) -> Option<&str> {
+    match policy.scope() {
+        security::Scope::Global => Some(""),
+        security::Scope::Namespace => Some(&policy.namespace),
+        security::Scope::WorkloadSelector => None,
     }
 }
 

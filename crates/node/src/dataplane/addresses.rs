@@ -44,6 +44,11 @@ impl Addresses {
         }
     }
 
+    /// Whether the resource was a workload of this node when it was last applied.
+    pub(super) fn is_local(&self, name: &str) -> bool {
+        self.written.get(name).is_some_and(|written| written.local)
+    }
+
     #[allow(clippy::too_many_arguments)] // One call site; a struct would only rename the same list.
     pub(super) fn apply(
         &mut self,

@@ -1,7 +1,8 @@
 //! Identities × policy sets → verdicts, compiled eagerly: a miss in the kernel is never "the first connection".
 //!
 //! A policy set's number stands for its content. A changed policy makes new sets with new verdicts, which are
-//! complete before any workload is switched to them, with one write per workload.
+//! complete before any workload is switched to them, with one write per workload. Only pairs with a new
+//! identity or a new set are judged, and only what belongs to no pair any more is removed.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -15,7 +16,6 @@ use kernel::{
     Action, KernelError, SOURCE_ANONYMOUS, SocketClass, Tables, VerdictEntry, VerdictKey,
     WorkloadEntry,
 };
-use prost::Message;
 use sha2::{Digest, Sha256};
 use xds::proto::security::Authorization;
 
@@ -27,18 +27,23 @@ use crate::{
     state::{MeshState, Workload},
 };
 
-/// What is in the tables.
+/// What is in the tables: verdicts for every source with every set.
 #[derive(Debug, Default)]
 pub(crate) struct Rules {
-    /// Pairs of source and policy set whose verdicts are complete.
-    compiled: HashSet<(u32, u32)>,
-    sets: BTreeMap<u32, PolicySet>,
-    sources: BTreeMap<u32, Client>,
+    sets: Sets,
+    sources: Sources,
+    /// Pairs of source and set that did not find room for all their verdicts.
+    incomplete: HashSet<(u32, u32)>,
 }
 
-#[derive(Debug, Clone)]
+type Sets = BTreeMap<u32, Arc<PolicySet>>;
+type Sources = BTreeMap<u32, Client>;
+
+#[derive(Debug)]
 struct PolicySet {
     policies: Vec<(String, Arc<Authorization>)>,
+    /// Ports that a policy names.
+    ports: Vec<u16>,
     /// Set only where a policy looks at it.
     address: Option<IpAddr>,
 }
@@ -54,7 +59,7 @@ impl Rules {
         names: &NameBook,
         failures: &mut Vec<ApplyError>,
     ) {
-        let mut compiler = Compiler::new(state, ids);
+        let mut compiler = Compiler::new(state, ids, self);
         let mut entries = Vec::new();
         for local in locals.values() {
             match state.pod(&local.enrolled.uid) {
@@ -65,96 +70,132 @@ impl Rules {
                     }
                 }
                 // Not known, or not all of its policies are: it keeps the rules it has, if any.
-                _ => self.carry_over(tables, local, &mut compiler),
+                _ => compiler.carry_over(tables, local),
             }
         }
         let Compiler { sources, sets, .. } = compiler;
-        let mut policy_numbers = HashMap::new();
-        for (name, _) in sets.values().flat_map(|set| &set.policies) {
-            match ids.named(&format!("policy:{name}")) {
-                Ok(id) => {
-                    names.set_policy(id, name.clone());
-                    policy_numbers.insert(name.clone(), id);
-                }
-                Err(error) => failures.push(ApplyError::at(name)(error)),
-            }
-        }
+        let missing = self.missing(&sources, &sets);
+        let numbers = policy_numbers(ids, names, &sets, &missing, failures);
         if let Err(error) = ids.save() {
             failures.push(ApplyError::at("numbers of this node")(error));
             return;
         }
 
-        let mut needed = HashSet::new();
-        for (source_id, source) in &sources {
-            for (set_id, set) in &sets {
-                needed.insert((*source_id, *set_id));
-                if self.compiled.contains(&(*source_id, *set_id)) {
-                    continue;
-                }
-                match write_verdicts(tables, *source_id, source, *set_id, set, &policy_numbers) {
-                    Ok(()) => drop(self.compiled.insert((*source_id, *set_id))),
-                    Err(source) => failures.push(ApplyError::at("verdicts")(source)),
-                }
+        self.incomplete.clear();
+        for (set_id, of_set) in missing {
+            let outcome = write_verdicts(tables, &sources, &of_set, set_id, &sets, &numbers);
+            if let Err(source) = outcome {
+                // The entry for all other ports is a pair's last.
+                let lacks = |source: &u32| tables.verdicts.get(&key(*source, set_id, 0)).is_none();
+                let without = of_set.into_iter().filter(lacks);
+                self.incomplete
+                    .extend(without.map(|source| (source, set_id)));
+                failures.push(ApplyError::at("verdicts")(source));
             }
         }
         for (local, entry) in entries {
             let outcome = tables.workloads.set(local.id, entry);
             failures.extend(outcome.err().map(ApplyError::at(&local.enrolled.uid)));
         }
-        let stale: HashSet<_> = self.compiled.difference(&needed).copied().collect();
-        if !stale.is_empty() {
-            let outcome = tables
-                .verdicts
-                .retain(|key| !stale.contains(&(key.source, key.policy_set)));
-            failures.extend(outcome.err().map(ApplyError::at("verdicts")));
-        }
-        self.compiled.retain(|pair| needed.contains(pair));
+        let outcome = tables.verdicts.remove_all(self.stale(&sources, &sets));
+        failures.extend(outcome.err().map(ApplyError::at("verdicts")));
         ids.forget_unused("source", &sources.keys().copied().collect());
         ids.forget_unused("set", &sets.keys().copied().collect());
         self.sources = sources;
         self.sets = sets;
     }
 
-    fn carry_over(&self, tables: &Tables, local: &Local, compiler: &mut Compiler<'_>) {
-        let Some(entry) = tables.workloads.get(&local.id) else {
-            return;
-        };
-        for id in entry.source {
-            compiler
-                .sources
-                .extend(self.sources.get(&id).map(|source| (id, source.clone())));
-        }
-        for id in entry.policy_set {
-            compiler
-                .sets
-                .extend(self.sets.get(&id).map(|set| (id, set.clone())));
-        }
+    pub(super) fn reconcile(&mut self, tables: &mut Tables) -> Result<(), KernelError> {
+        tables.verdicts.retain(|key| {
+            self.sources.contains_key(&key.source) && self.sets.contains_key(&key.policy_set)
+        })
     }
 
-    pub(super) fn reconcile(&mut self, tables: &mut Tables) -> Result<(), KernelError> {
-        let compiled = &self.compiled;
-        tables
-            .verdicts
-            .retain(|key| compiled.contains(&(key.source, key.policy_set)))
+    /// Sources without complete verdicts, by set.
+    fn missing(&self, sources: &Sources, sets: &Sets) -> BTreeMap<u32, Vec<u32>> {
+        let new: Vec<u32> = sources
+            .keys()
+            .filter(|source| !self.sources.contains_key(source))
+            .copied()
+            .collect();
+        let mut missing: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
+        for set in sets.keys() {
+            let of_set = if self.sets.contains_key(set) {
+                new.clone()
+            } else {
+                sources.keys().copied().collect()
+            };
+            if !of_set.is_empty() {
+                missing.insert(*set, of_set);
+            }
+        }
+        for (source, set) in &self.incomplete {
+            if self.sets.contains_key(set) && sets.contains_key(set) && sources.contains_key(source)
+            {
+                missing.entry(*set).or_default().push(*source);
+            }
+        }
+        missing
     }
+
+    /// Keys of verdicts whose source or set is no longer used.
+    fn stale(&self, sources: &Sources, sets: &Sets) -> Vec<VerdictKey> {
+        let all: Vec<u32> = self.sources.keys().copied().collect();
+        let gone: Vec<u32> = all
+            .iter()
+            .filter(|source| !sources.contains_key(source))
+            .copied()
+            .collect();
+        let mut stale = Vec::new();
+        for (id, set) in &self.sets {
+            let of_set = if sets.contains_key(id) { &gone } else { &all };
+            for source in of_set {
+                let ports = set.ports.iter().chain(&[0]);
+                stale.extend(ports.map(|port| key(*source, *id, *port)));
+            }
+        }
+        stale
+    }
+}
+
+/// Numbers of the policies in the sets that are to be judged.
+fn policy_numbers(
+    ids: &mut Ids,
+    names: &NameBook,
+    sets: &Sets,
+    missing: &BTreeMap<u32, Vec<u32>>,
+    failures: &mut Vec<ApplyError>,
+) -> HashMap<String, u32> {
+    let mut numbers = HashMap::new();
+    let judged = missing.keys().filter_map(|set| sets.get(set));
+    for (name, _) in judged.flat_map(|set| &set.policies) {
+        if numbers.contains_key(name) {
+            continue;
+        }
+        match ids.named(&format!("policy:{name}")) {
+            Ok(id) => {
+                names.set_policy(id, name.clone());
+                numbers.insert(name.clone(), id);
+            }
+            Err(error) => failures.push(ApplyError::at(name)(error)),
+        }
+    }
+    numbers
 }
 
 /// One pass over the local workloads.
 struct Compiler<'a> {
     state: &'a MeshState,
     ids: &'a mut Ids,
+    known: &'a Rules,
     /// Networks that any policy tells clients apart by.
     networks: Vec<IpNet>,
-    sources: BTreeMap<u32, Client>,
-    sets: BTreeMap<u32, PolicySet>,
+    sources: Sources,
+    sets: Sets,
 }
 
 impl<'a> Compiler<'a> {
-    fn new(state: &'a MeshState, ids: &'a mut Ids) -> Self {
-        let mut networks: Vec<IpNet> =
-            policy::named_sources(state.policies.values().map(AsRef::as_ref)).collect();
-        networks.sort();
-        networks.dedup();
+    fn new(state: &'a MeshState, ids: &'a mut Ids, known: &'a Rules) -> Self {
         let anonymous = Client {
             identity: None,
             address: None,
@@ -162,7 +203,8 @@ impl<'a> Compiler<'a> {
         Self {
             state,
             ids,
-            networks,
+            known,
+            networks: state.networks(),
             sources: BTreeMap::from([(SOURCE_ANONYMOUS, anonymous)]),
             sets: BTreeMap::new(),
         }
@@ -180,6 +222,7 @@ impl<'a> Compiler<'a> {
             .into_iter()
             .map(|(name, policy)| (name.clone(), Arc::clone(policy)))
             .collect();
+        let content = self.content_name(&policies);
         let mut entry = WorkloadEntry {
             netns: local.netns,
             v4: local.address(0).map(Into::into).unwrap_or_default(),
@@ -192,10 +235,25 @@ impl<'a> Compiler<'a> {
                 .source(&identity, address)
                 .map_err(ApplyError::at(&local.enrolled.uid))?;
             entry.policy_set[family] = self
-                .set(&policies, address)
+                .set(&policies, &content, address)
                 .map_err(ApplyError::at(&local.enrolled.uid))?;
         }
         Ok(entry)
+    }
+
+    fn carry_over(&mut self, tables: &Tables, local: &Local) {
+        let Some(entry) = tables.workloads.get(&local.id) else {
+            return;
+        };
+        for id in entry.source {
+            let source = self.known.sources.get(&id);
+            self.sources
+                .extend(source.map(|source| (id, source.clone())));
+        }
+        for id in entry.policy_set {
+            let set = self.known.sets.get(&id);
+            self.sets.extend(set.map(|set| (id, Arc::clone(set))));
+        }
     }
 
     /// One number per identity, and per side of every network that a policy tells clients apart by.
@@ -221,80 +279,112 @@ impl<'a> Compiler<'a> {
         Ok(id)
     }
 
-    fn set(
-        &mut self,
-        policies: &[(String, Arc<Authorization>)],
-        address: Option<IpAddr>,
-    ) -> std::io::Result<u32> {
-        let address = address.filter(|_| policy::looks_at_destination(policies));
+    /// A name that two lists of policies share only if they say the same.
+    fn content_name(&self, policies: &[(String, Arc<Authorization>)]) -> String {
         let mut digest = Sha256::new();
-        for (name, policy) in policies {
+        for (name, _) in policies {
             digest.update((name.len() as u64).to_be_bytes());
             digest.update(name);
-            let bytes = policy.encode_to_vec();
-            digest.update((bytes.len() as u64).to_be_bytes());
-            digest.update(bytes);
+            digest.update(self.state.policy_digest(name));
         }
         let mut name = String::from("set:");
         for byte in digest.finalize() {
             let _ = write!(name, "{byte:02x}");
         }
-        if let Some(address) = address {
-            let _ = write!(name, "@{address}");
-        }
-        let id = self.ids.named(&name)?;
-        self.sets.entry(id).or_insert_with(|| PolicySet {
-            policies: policies.to_vec(),
-            address,
+        name
+    }
+
+    fn set(
+        &mut self,
+        policies: &[(String, Arc<Authorization>)],
+        content: &str,
+        address: Option<IpAddr>,
+    ) -> std::io::Result<u32> {
+        let address = address.filter(|_| policy::looks_at_destination(policies));
+        let id = match address {
+            Some(address) => self.ids.named(&format!("{content}@{address}"))?,
+            None => self.ids.named(content)?,
+        };
+        let known = self.known;
+        self.sets.entry(id).or_insert_with(|| {
+            known.sets.get(&id).cloned().unwrap_or_else(|| {
+                Arc::new(PolicySet {
+                    policies: policies.to_vec(),
+                    ports: policy::named_ports(policies),
+                    address,
+                })
+            })
         });
         Ok(id)
     }
 }
 
+/// Writes the verdicts of some sources with one set. A port's own verdict comes before the one for all other
+/// ports: if room ends in between, a port that is to be refused must not fall under the others' permission.
 fn write_verdicts(
     tables: &mut Tables,
-    source_id: u32,
-    source: &Client,
+    sources: &Sources,
+    of_set: &[u32],
     set_id: u32,
-    set: &PolicySet,
-    policy_numbers: &HashMap<String, u32>,
+    sets: &Sets,
+    numbers: &HashMap<String, u32>,
 ) -> Result<(), KernelError> {
-    let verdict = |port| {
-        let server = Server {
-            address: set.address,
-            port,
-        };
-        let judgement = policy::judge(&set.policies, source, server);
-        let policy = judgement
-            .policy
-            .and_then(|name| policy_numbers.get(&name).copied());
-        VerdictEntry {
-            policy: policy.unwrap_or(0),
-            reason: judgement.reason as u16,
-            action: if judgement.allowed {
-                Action::Direct
-            } else {
-                Action::Deny
-            } as u8,
-            padding: 0,
-        }
+    let Some(set) = sets.get(&set_id) else {
+        return Ok(());
     };
-    let key = |port| VerdictKey {
-        source: source_id,
-        policy_set: set_id,
+    let (mut entries, mut same) = (Vec::new(), Vec::new());
+    for source_id in of_set {
+        let Some(source) = sources.get(source_id) else {
+            continue;
+        };
+        let others = verdict(set, source, None, numbers);
+        for port in &set.ports {
+            let verdict = verdict(set, source, Some(*port), numbers);
+            if verdict == others {
+                same.push(key(*source_id, set_id, *port));
+            } else {
+                entries.push((key(*source_id, set_id, *port), verdict));
+            }
+        }
+        entries.push((key(*source_id, set_id, 0), others));
+    }
+    tables.verdicts.set_all(entries)?;
+    // What an earlier agent wrote of the same set, if it judged otherwise.
+    tables.verdicts.remove_all(same)
+}
+
+fn verdict(
+    set: &PolicySet,
+    source: &Client,
+    port: Option<u16>,
+    numbers: &HashMap<String, u32>,
+) -> VerdictEntry {
+    let server = Server {
+        address: set.address,
+        port,
+    };
+    let judgement = policy::judge(&set.policies, source, server);
+    let policy = judgement
+        .policy
+        .and_then(|name| numbers.get(&name).copied());
+    VerdictEntry {
+        policy: policy.unwrap_or(0),
+        reason: judgement.reason as u16,
+        action: if judgement.allowed {
+            Action::Direct
+        } else {
+            Action::Deny
+        } as u8,
+        padding: 0,
+    }
+}
+
+fn key(source: u32, policy_set: u32, port: u16) -> VerdictKey {
+    VerdictKey {
+        source,
+        policy_set,
         port,
         socket_class: SocketClass::App as u8,
         padding: 0,
-    };
-    let others = verdict(None);
-    tables.verdicts.set(key(0), others)?;
-    for port in policy::named_ports(&set.policies) {
-        let verdict = verdict(Some(port));
-        if verdict == others {
-            tables.verdicts.remove(&key(port))?;
-        } else {
-            tables.verdicts.set(key(port), verdict)?;
-        }
     }
-    Ok(())
 }

@@ -1,22 +1,26 @@
-//! Service address and port → weighted table of endpoints.
+//! Service address and port → table of endpoints, kept in step with what the control plane says.
 //!
-//! A table is never changed in place: the new one is written under the next generation, the service's entry is
-//! switched to it in one write, and the old one is removed.
+//! A change of a service is compiled as a whole; a change of a replica touches only the slots that were its own.
+//! How a table changes in the kernel is in [`table`], which endpoints a service has in [`endpoints`].
+
+mod endpoints;
+mod table;
 
 use std::collections::{HashMap, HashSet};
 
 use api::pod::Protocol;
-use kernel::{
-    Address, EndpointEntry, KernelError, ServiceEntry, ServiceKey, SlotEntry, SlotKey, Tables,
-};
-use xds::proto::workload::load_balancing;
+use kernel::{Address, KernelError, ServiceEntry, ServiceKey, Tables};
 
+pub(crate) use self::endpoints::{SharedEndpoint, endpoints};
+use self::{
+    endpoints::{Balancing, target_of},
+    table::{Table, Target},
+};
 use super::ApplyError;
 use crate::{
-    alias,
     ids::Ids,
     names::NameBook,
-    state::{MeshState, Workload},
+    state::{MeshState, Service},
 };
 
 const TCP: u8 = 6;
@@ -25,32 +29,31 @@ const UDP: u8 = 17;
 /// What is in the tables, by resource name of the service.
 #[derive(Debug)]
 pub(crate) struct Services {
-    live: HashMap<String, HashMap<ServiceKey, LivePort>>,
-    recovered: HashMap<ServiceKey, LivePort>,
+    live: HashMap<String, LiveService>,
+    recovered: HashMap<ServiceKey, Table>,
     /// Addresses marked as a service's, by resource name, and how many services share one.
     marked: HashMap<String, HashSet<Address>>,
     owners: HashMap<Address, u32>,
 }
 
-/// The live table of one service port.
-#[derive(Debug)]
-struct LivePort {
-    entry: ServiceEntry,
-    endpoints: HashMap<Target, u32>,
-    /// What the table was built from; `None` if an earlier agent built it.
-    built_from: Option<Vec<(Target, u32)>>,
+/// One service as the tables have it.
+#[derive(Debug, Default)]
+struct LiveService {
+    ports: HashMap<ServiceKey, Table>,
+    /// What each usable replica contributes.
+    members: HashMap<String, Member>,
+    /// Usable replicas of this node.
+    here: usize,
+    /// Something did not find its room: the next change compiles all of it.
+    incomplete: bool,
 }
 
-type Target = (Address, u16);
-
-/// An endpoint that a service port may lead to.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct SharedEndpoint {
-    /// `NAMESPACE/POD`.
-    pub(crate) pod: String,
-    pub(crate) address: std::net::IpAddr,
-    pub(crate) port: u16,
-    pub(crate) weight: u32,
+/// What one replica contributes: to each of the service's ports, as a rule, one target.
+#[derive(Debug, Clone)]
+struct Member {
+    here: bool,
+    weight: u32,
+    targets: Vec<(ServiceKey, Target)>,
 }
 
 impl Services {
@@ -67,12 +70,8 @@ impl Services {
                 .iter()
                 .filter(|(key, _)| key.port != 0)
                 .map(|(key, entry)| {
-                    let live = LivePort {
-                        entry: *entry,
-                        endpoints: endpoints.remove(&entry.service).unwrap_or_default(),
-                        built_from: None,
-                    };
-                    (*key, live)
+                    let of_service = endpoints.remove(&entry.service).unwrap_or_default();
+                    (*key, Table::recovered(*entry, of_service))
                 });
         Self {
             live: HashMap::new(),
@@ -92,45 +91,77 @@ impl Services {
         name: &str,
         names: &NameBook,
     ) -> Result<(), ApplyError> {
-        let wanted = wanted_ports(state, node, name);
-        let mut live = self.live.remove(name).unwrap_or_default();
+        let mut before = self.live.remove(name).unwrap_or_default();
         let mut failure = None;
-        for (key, (affinity, endpoints)) in &wanted {
-            let known = live.remove(key).or_else(|| self.recovered.remove(key));
-            let port = match known {
-                Some(port) => port,
-                None => LivePort::new(ids.fresh().map_err(ApplyError::at(name))?),
-            };
-            names.set_service(port.entry.service, display_name(state, name));
-            let (port, outcome) = port.switch(tables, ids, *key, *affinity, endpoints);
-            self.live
-                .entry(name.to_owned())
-                .or_default()
-                .insert(*key, port);
+        let mut keys = HashSet::new();
+        if let Some(service) = state.services.get(name) {
+            let mut live = LiveService::of(state, node, name, service);
+            let mut wanted = live.wanted(Balancing::of(service));
+            for (key, ..) in ports(service) {
+                keys.insert(key);
+                let known = before.ports.remove(&key);
+                let mut table = match known.or_else(|| self.recovered.remove(&key)) {
+                    Some(table) => table,
+                    None => Table::new(ids.fresh().map_err(ApplyError::at(name))?),
+                };
+                names.set_service(table.service(), display_name(service));
+                let endpoints = wanted.remove(&key).unwrap_or_default();
+                let affinity = service.options.session_affinity_seconds;
+                let outcome = table.bring_to(tables, ids, key, affinity, endpoints);
+                live.incomplete |= outcome.is_err();
+                failure = failure.or(outcome.err());
+                live.ports.insert(key, table);
+            }
+            self.live.insert(name.to_owned(), live);
+        }
+        for (key, table) in before.ports {
+            names.retire_service(table.service());
+            failure = failure.or(table.remove(tables, key).err());
+        }
+        failure = failure.or(self.mark_addresses(tables, name, &keys).err());
+        failure.map_or(Ok(()), |source| Err(ApplyError::at(name)(source)))
+    }
+
+    /// Brings one service up to date of which only these replicas (resource names) joined, left or changed.
+    #[allow(clippy::too_many_arguments)] // One call site; a struct would only rename the same list.
+    pub(super) fn apply_members(
+        &mut self,
+        tables: &mut Tables,
+        ids: &mut Ids,
+        state: &MeshState,
+        node: &str,
+        name: &str,
+        changed: &HashSet<String>,
+        names: &NameBook,
+    ) -> Result<(), ApplyError> {
+        let (Some(service), Some(live)) = (state.services.get(name), self.live.get_mut(name))
+        else {
+            return self.apply(tables, ids, state, node, name, names);
+        };
+        let balancing = Balancing::of(service);
+        let only_here = balancing.only_here(live.here);
+        let difference = live.exchange(state, node, name, service, changed);
+        if live.incomplete || balancing.only_here(live.here) != only_here {
+            return self.apply(tables, ids, state, node, name, names);
+        }
+        let mut failure = None;
+        for (key, change) in difference.by_port(only_here) {
+            let outcome = live.change_port(tables, ids, service, key, &change, only_here);
+            live.incomplete |= outcome.is_err();
             failure = failure.or(outcome.err());
         }
-        for (key, port) in live {
-            names.retire_service(port.entry.service);
-            failure = failure.or(port.remove(tables, key).err());
-        }
-        failure = failure.or(self.mark_addresses(tables, name, &wanted).err());
         failure.map_or(Ok(()), |source| Err(ApplyError::at(name)(source)))
     }
 
     pub(super) fn reconcile(&mut self, tables: &mut Tables) -> Result<(), KernelError> {
-        for (key, port) in std::mem::take(&mut self.recovered) {
-            port.remove(tables, key)?;
+        for (key, table) in std::mem::take(&mut self.recovered) {
+            table.remove(tables, key)?;
         }
-        let live: Vec<&LivePort> = self.live.values().flat_map(HashMap::values).collect();
-        let generations: HashSet<(u32, u32)> = live
-            .iter()
-            .map(|port| (port.entry.service, port.entry.generation))
+        let live = || self.live.values().flat_map(|live| live.ports.values());
+        let generations: HashSet<(u32, u32)> = live()
+            .map(|table| (table.service(), table.generation()))
             .collect();
-        let endpoints: HashSet<u32> = live
-            .iter()
-            .flat_map(|port| port.endpoints.values())
-            .copied()
-            .collect();
+        let endpoints: HashSet<u32> = live().flat_map(Table::endpoint_ids).collect();
         let owners = &self.owners;
         tables
             .services
@@ -146,13 +177,13 @@ impl Services {
         &mut self,
         tables: &mut Tables,
         name: &str,
-        wanted: &Wanted,
+        keys: &HashSet<ServiceKey>,
     ) -> Result<(), KernelError> {
         let marker = |address| ServiceKey {
             address,
             ..ServiceKey::default()
         };
-        let mine: HashSet<Address> = wanted.keys().map(|key| key.address).collect();
+        let mine: HashSet<Address> = keys.iter().map(|key| key.address).collect();
         let before = self.marked.remove(name).unwrap_or_default();
         for address in mine.difference(&before) {
             *self.owners.entry(*address).or_default() += 1;
@@ -175,16 +206,151 @@ impl Services {
     }
 }
 
-type Wanted = HashMap<ServiceKey, (u32, Vec<(Target, u32)>)>;
+/// Changes of a service's replicas.
+#[derive(Debug, Default)]
+struct Difference {
+    gone: Vec<Member>,
+    added: Vec<Member>,
+}
 
-/// What the tables should say of a service: per key, affinity seconds and endpoints with weights.
-fn wanted_ports(state: &MeshState, node: &str, name: &str) -> Wanted {
-    let Some(service) = state.services.get(name) else {
-        return HashMap::new();
-    };
-    let mut wanted = HashMap::new();
-    for vip in &service.vips {
-        for (number, protocol) in service.ports() {
+/// What they mean to one port.
+#[derive(Debug, Default)]
+struct PortChange {
+    gone: Vec<Target>,
+    added: Vec<Target>,
+    /// Of all that are added; `None` if they differ.
+    weight: Option<u32>,
+}
+
+impl LiveService {
+    /// All usable replicas, without any table yet.
+    fn of(state: &MeshState, node: &str, name: &str, service: &Service) -> Self {
+        let mut live = Self::default();
+        let members = state.member_names(name).cloned().collect();
+        live.exchange(state, node, name, service, &members);
+        live
+    }
+
+    /// Takes over what `changed` replicas contribute now. Returns how that differs.
+    fn exchange(
+        &mut self,
+        state: &MeshState,
+        node: &str,
+        name: &str,
+        service: &Service,
+        changed: &HashSet<String>,
+    ) -> Difference {
+        let balancing = Balancing::of(service);
+        let ports = ports(service);
+        let mut difference = Difference::default();
+        for workload in changed {
+            if let Some(old) = self.members.remove(workload) {
+                self.here -= usize::from(old.here);
+                difference.gone.push(old);
+            }
+            let member = state.member(name, workload).filter(|it| balancing.uses(it));
+            let Some(member) = member else { continue };
+            let new = Member {
+                here: member.message.node == node,
+                weight: member.weight(),
+                targets: ports
+                    .iter()
+                    .filter_map(|(key, nth, ipv6)| {
+                        let (address, port) = target_of(member, name, (key.port, *nth), *ipv6)?;
+                        Some((*key, (address.into(), port)))
+                    })
+                    .collect(),
+            };
+            self.here += usize::from(new.here);
+            self.members.insert(workload.clone(), new.clone());
+            difference.added.push(new);
+        }
+        difference
+    }
+
+    /// Endpoints with weights, by port.
+    fn wanted(&self, balancing: Balancing) -> HashMap<ServiceKey, Vec<(Target, u32)>> {
+        let only_here = balancing.only_here(self.here);
+        let mut wanted: HashMap<ServiceKey, Vec<(Target, u32)>> = HashMap::new();
+        for member in self.members.values() {
+            if member.here || !only_here {
+                for (key, target) in &member.targets {
+                    let of_port = wanted.entry(*key).or_default();
+                    of_port.push((*target, member.weight));
+                }
+            }
+        }
+        wanted
+    }
+
+    fn change_port(
+        &mut self,
+        tables: &mut Tables,
+        ids: &mut Ids,
+        service: &Service,
+        key: ServiceKey,
+        change: &PortChange,
+        only_here: bool,
+    ) -> Result<(), KernelError> {
+        let Some(table) = self.ports.get_mut(&key) else {
+            return Ok(());
+        };
+        let PortChange {
+            gone,
+            added,
+            weight,
+        } = change;
+        let in_place = match weight {
+            Some(weight) if !added.is_empty() => table.takes(*weight),
+            _ => added.is_empty() && table.is_uniform(),
+        };
+        if in_place {
+            return table.change(tables, ids, key, gone, added, *weight);
+        }
+        let all = self.members.values();
+        let all = all
+            .filter(|member| member.here || !only_here)
+            .flat_map(|member| {
+                let targets = member.targets.iter().filter(|(other, _)| *other == key);
+                targets.map(|(_, target)| (*target, member.weight))
+            })
+            .collect();
+        let affinity = service.options.session_affinity_seconds;
+        table.bring_to(tables, ids, key, affinity, all)
+    }
+}
+
+impl Difference {
+    /// By port. What is the same before and after is on both lists.
+    fn by_port(self, only_here: bool) -> HashMap<ServiceKey, PortChange> {
+        let counts = |member: &&Member| member.here || !only_here;
+        let mut changes: HashMap<ServiceKey, PortChange> = HashMap::new();
+        for member in self.added.iter().filter(counts) {
+            for (key, target) in &member.targets {
+                let change = changes.entry(*key).or_default();
+                change.weight = match change.weight {
+                    _ if change.added.is_empty() => Some(member.weight),
+                    Some(weight) if weight == member.weight => Some(weight),
+                    _ => None,
+                };
+                change.added.push(*target);
+            }
+        }
+        for member in self.gone.iter().filter(counts) {
+            for (key, target) in &member.targets {
+                changes.entry(*key).or_default().gone.push(*target);
+            }
+        }
+        changes
+    }
+}
+
+/// The service's keys, each with its place among the ports of its number, and whether it is IPv6.
+fn ports(service: &Service) -> Vec<(ServiceKey, usize, bool)> {
+    let mut ports: Vec<(ServiceKey, usize, bool)> = Vec::new();
+    for (number, protocol) in service.ports() {
+        let nth = endpoints::place_of(service, number, protocol).unwrap_or(0);
+        for vip in &service.vips {
             let key = ServiceKey {
                 address: (*vip).into(),
                 port: number,
@@ -194,202 +360,15 @@ fn wanted_ports(state: &MeshState, node: &str, name: &str) -> Wanted {
                 },
                 padding: 0,
             };
-            let endpoints = endpoints(state, node, name, (number, protocol), vip.is_ipv6());
-            let targets = endpoints
-                .into_iter()
-                .map(|endpoint| ((endpoint.address.into(), endpoint.port), endpoint.weight))
-                .collect();
-            wanted.insert(key, (service.options.session_affinity_seconds, targets));
-        }
-    }
-    wanted
-}
-
-/// The endpoints that new connections to a service's port are spread over, as this node sees it.
-pub(crate) fn endpoints(
-    state: &MeshState,
-    node: &str,
-    name: &str,
-    (port, protocol): (u16, Protocol),
-    ipv6: bool,
-) -> Vec<SharedEndpoint> {
-    let Some(service) = state.services.get(name) else {
-        return Vec::new();
-    };
-    // Where TCP and UDP share a number, the n-th entry of that number is the n-th port's.
-    let nth = service
-        .ports()
-        .filter(|(number, _)| *number == port)
-        .position(|(_, other)| other == protocol);
-    let Some(nth) = nth else {
-        return Vec::new();
-    };
-    let balancing = service.message.load_balancing.clone().unwrap_or_default();
-    let allow_all = balancing.health_policy() == load_balancing::HealthPolicy::AllowAll;
-    let usable: Vec<&Workload> = state
-        .members(name)
-        .map(AsRef::as_ref)
-        .filter(|workload| workload.ready || allow_all && !workload.options.draining)
-        .filter(|workload| workload.weight() > 0)
-        .collect();
-    let here = |workload: &&Workload| workload.message.node == node;
-    let prefers_node = balancing
-        .routing_preference()
-        .any(|scope| scope == load_balancing::Scope::Node);
-    let only_here = prefers_node
-        && (balancing.mode() == load_balancing::Mode::Strict || usable.iter().any(here));
-    usable
-        .into_iter()
-        .filter(|workload| !only_here || here(workload))
-        .filter_map(|workload| {
-            Some(SharedEndpoint {
-                pod: workload.pod(),
-                address: *workload
-                    .addresses
-                    .iter()
-                    .find(|address| address.is_ipv6() == ipv6)?,
-                port: target_port(workload, name, port, nth)?,
-                weight: workload.weight(),
-            })
-        })
-        .collect()
-}
-
-fn target_port(workload: &Workload, service: &str, port: u16, nth: usize) -> Option<u16> {
-    let ports = &workload.message.services.get(service)?.ports;
-    let found = ports
-        .iter()
-        .filter(|other| other.service_port == u32::from(port))
-        .nth(nth)?;
-    u16::try_from(found.target_port).ok()
-}
-
-fn display_name(state: &MeshState, name: &str) -> String {
-    state.services.get(name).map_or_else(
-        || name.to_owned(),
-        |service| format!("{}/{}", service.message.namespace, service.message.name),
-    )
-}
-
-impl LivePort {
-    fn new(service: u32) -> Self {
-        Self {
-            entry: ServiceEntry {
-                service,
-                ..ServiceEntry::default()
-            },
-            endpoints: HashMap::new(),
-            built_from: None,
-        }
-    }
-
-    /// Writes a new table, if it differs, and switches to it. Without room for it the service has no endpoints.
-    fn switch(
-        mut self,
-        tables: &mut Tables,
-        ids: &mut Ids,
-        key: ServiceKey,
-        affinity: u32,
-        wanted: &[(Target, u32)],
-    ) -> (Self, Result<(), KernelError>) {
-        if self.built_from.as_deref() == Some(wanted) && self.entry.affinity_seconds == affinity {
-            return (self, Ok(()));
-        }
-        let old = self.entry;
-        let mut new = ServiceEntry {
-            generation: old.generation.wrapping_add(1),
-            affinity_seconds: affinity,
-            ..old
-        };
-        let written = self.write_table(tables, ids, new, wanted);
-        new.slots = *written.as_ref().unwrap_or(&0);
-        let outcome = tables.services.set(key, new).map(drop);
-        self.entry = new;
-        self.built_from = Some(wanted.to_vec());
-        let cleared = clear_slots(tables, old).and_then(|()| self.drop_endpoints(tables, wanted));
-        (self, written.map(drop).and(outcome).and(cleared))
-    }
-
-    /// Returns the number of slots.
-    fn write_table(
-        &mut self,
-        tables: &mut Tables,
-        ids: &mut Ids,
-        new: ServiceEntry,
-        wanted: &[(Target, u32)],
-    ) -> Result<u32, KernelError> {
-        for (target, _) in wanted {
-            if self.endpoints.contains_key(target) {
-                continue;
-            }
-            let id = ids.fresh().map_err(|_| KernelError::Full {
-                table: "endpoint numbers",
-                capacity: u32::MAX,
-            })?;
-            let entry = EndpointEntry {
-                address: target.0,
-                service: new.service,
-                port: target.1,
-                padding: 0,
-            };
-            tables.endpoints.set(id, entry)?;
-            self.endpoints.insert(*target, id);
-        }
-        let weights: Vec<u32> = wanted.iter().map(|(_, weight)| *weight).collect();
-        let columns = alias::columns(&weights);
-        for (slot, column) in (0u32..).zip(&columns) {
-            let key = SlotKey {
-                service: new.service,
-                generation: new.generation,
-                slot,
-            };
-            let endpoint =
-                |index: usize| self.endpoints.get(&wanted[index].0).copied().unwrap_or(0);
-            let entry = SlotEntry {
-                endpoint: endpoint(column.first),
-                alias: endpoint(column.alias),
-                threshold: column.threshold,
-            };
-            tables.slots.set(key, entry)?;
-        }
-        Ok(columns.len() as u32)
-    }
-
-    fn drop_endpoints(
-        &mut self,
-        tables: &mut Tables,
-        wanted: &[(Target, u32)],
-    ) -> Result<(), KernelError> {
-        let keep: HashSet<Target> = wanted.iter().map(|(target, _)| *target).collect();
-        let stale: Vec<Target> = self
-            .endpoints
-            .keys()
-            .filter(|target| !keep.contains(*target))
-            .copied()
-            .collect();
-        for target in stale {
-            if let Some(id) = self.endpoints.remove(&target) {
-                tables.endpoints.remove(&id)?;
+            // Two ports of one number and transport are one.
+            if !ports.iter().any(|(other, ..)| *other == key) {
+                ports.push((key, nth, vip.is_ipv6()));
             }
         }
-        Ok(())
     }
-
-    fn remove(mut self, tables: &mut Tables, key: ServiceKey) -> Result<(), KernelError> {
-        tables.services.remove(&key)?;
-        clear_slots(tables, self.entry)?;
-        self.drop_endpoints(tables, &[])
-    }
+    ports
 }
 
-fn clear_slots(tables: &mut Tables, entry: ServiceEntry) -> Result<(), KernelError> {
-    for slot in 0..entry.slots {
-        let key = SlotKey {
-            service: entry.service,
-            generation: entry.generation,
-            slot,
-        };
-        tables.slots.remove(&key)?;
-    }
-    Ok(())
+fn display_name(service: &Service) -> String {
+    format!("{}/{}", service.message.namespace, service.message.name)
 }
