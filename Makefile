@@ -3,10 +3,10 @@
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/heddle/target
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint fmt build install bench-direct
+.PHONY: help demo test lint fmt build install bench-direct bench-direct-scale
 
 help: ## List the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: ## Run a real mesh on this machine and show it (DEMO_ONCE=1: take it down at the end)
 	@scripts/demo.sh
@@ -28,3 +28,6 @@ install: ## Install the programs that build, tests and demo need
 
 bench-direct: install build ## Measure the kernel's direct path beside plain TCP
 	$(CARGO_TARGET_DIR)/release/heddle-bench direct
+
+bench-direct-scale: install build ## Measure the direct path and the agent under 10 to 10,000 services
+	$(CARGO_TARGET_DIR)/release/heddle-bench direct-scale

@@ -247,12 +247,10 @@ impl fmt::Display for Report {
                 "{:<58}{median:>10.2}{max:>10.2}{:>7}",
                 line.what, line.times
             )?;
-            match (line.aim_ms, line.met) {
-                (Some(aim), Some(met)) => {
-                    writeln!(formatter, "   < {aim:.0} ms: {}", verdict(met))?
-                }
-                _ => writeln!(formatter)?,
+            if let (Some(aim), Some(met)) = (line.aim_ms, line.met) {
+                write!(formatter, "   < {aim:.0} ms: {}", verdict(met))?;
             }
+            writeln!(formatter)?;
         }
         for memory in &figures.memory {
             writeln!(
