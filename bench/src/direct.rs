@@ -1,12 +1,13 @@
 //! `heddle-bench direct`: the kernel's direct path beside plain TCP, in one run.
 //!
-//! Two sides carry the same measurements in turn, A B, B A, A B, …, so that whatever drifts on the machine drifts for
-//! both: [`plain`] is two namespaces joined by veth and bridge and nothing else, [`mesh`] is two workloads of
-//! a real mesh with policy and flow records on. [`report`] makes figures of it. What one measurement
-//! does is [`crate::client`]'s business.
+//! All sides carry the same measurements in turn, each first as often as the others, so that whatever drifts on the
+//! machine drifts for all: [`plain`] is two namespaces joined by veth and bridge and nothing else, [`contained`] is
+//! the same with processes that are contained as workloads are, [`mesh`] is two workloads of a real mesh
+//! with policy and flow records on. [`report`] makes figures of it. What one measurement does is
+//! [`crate::client`]'s business.
 
+mod contained;
 mod mesh;
-mod namespace;
 mod plain;
 mod report;
 
@@ -15,7 +16,7 @@ use std::{path::PathBuf, process::Command, time::Duration};
 use anyhow::{Context, bail, ensure};
 use clap::Args;
 
-use self::{mesh::Mesh, plain::Plain, report::Report};
+use self::{contained::Contained, mesh::Mesh, plain::Plain, report::Report};
 use crate::{
     client::Measurement,
     scenario::{Ends, Format, SCENARIOS, Scenario, heddle_program},
@@ -72,20 +73,20 @@ pub(crate) fn run(arguments: &DirectArguments) -> anyhow::Result<()> {
         server_cpu,
         seconds: arguments.seconds,
     };
-    let other_name = if arguments.control {
-        "plain again"
-    } else {
-        "mesh"
-    };
-    let mut report = Report::new(&SCENARIOS, other_name);
+    let plain = Plain::start(&ends)?;
+    let mut report;
     if arguments.control {
-        let other = Plain::start(&ends)?;
-        measure_rounds(arguments.rounds, &other, &ends, &mut report)?;
+        let again = Plain::start(&ends)?;
+        report = Report::new(&SCENARIOS, &["plain TCP", "plain again"]);
+        measure_rounds(arguments.rounds, &[&plain, &again], &ends, &mut report)?;
     } else {
         let heddle = heddle_program(arguments.heddle.as_ref(), &ends)?;
+        let contained = Contained::start(&heddle, &ends)?;
         let mesh = Mesh::start(&heddle, &ends)?;
-        measure_rounds(arguments.rounds, &mesh, &ends, &mut report)?;
-        drop(mesh);
+        report = Report::new(&SCENARIOS, &["plain TCP", "contained", "mesh"]);
+        let sides: [&dyn Side; 3] = [&plain, &contained, &mesh];
+        measure_rounds(arguments.rounds, &sides, &ends, &mut report)?;
+        drop((mesh, contained));
         if arguments.replicas > 0 {
             eprintln!("start of {} replicas", arguments.replicas);
             let up = mesh::time_of_start(&heddle, arguments.replicas)?;
@@ -101,35 +102,20 @@ pub(crate) fn run(arguments: &DirectArguments) -> anyhow::Result<()> {
 
 fn measure_rounds(
     rounds: usize,
-    other: &dyn Side,
+    sides: &[&dyn Side],
     ends: &Ends,
     report: &mut Report,
 ) -> anyhow::Result<()> {
-    let plain = Plain::start(ends)?;
     for round in 0..rounds {
         eprintln!("round {} of {rounds}", round + 1);
-        measure_round(round, &plain, other, ends, report)?;
-    }
-    Ok(())
-}
-
-fn measure_round(
-    round: usize,
-    plain: &dyn Side,
-    other: &dyn Side,
-    ends: &Ends,
-    report: &mut Report,
-) -> anyhow::Result<()> {
-    for (index, scenario) in SCENARIOS.iter().enumerate() {
-        let (of_plain, of_other);
-        if (round + index).is_multiple_of(2) {
-            of_plain = measure(plain, scenario, ends)?;
-            of_other = measure(other, scenario, ends)?;
-        } else {
-            of_other = measure(other, scenario, ends)?;
-            of_plain = measure(plain, scenario, ends)?;
+        for (index, scenario) in SCENARIOS.iter().enumerate() {
+            let mut measured = vec![None; sides.len()];
+            for turn in 0..sides.len() {
+                let side = (round + index + turn) % sides.len();
+                measured[side] = Some(measure(sides[side], scenario, ends)?);
+            }
+            report.add(index, measured.into_iter().flatten().collect());
         }
-        report.add(index, of_plain, of_other);
     }
     Ok(())
 }

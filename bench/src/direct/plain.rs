@@ -1,63 +1,80 @@
-//! The baseline: a server and a client namespace, each with a veth on the bridge of a third. That is how a
+//! The bare baseline: a server and a client namespace, each with a veth on the bridge of a third. That is how a
 //! node joins its workloads, without any of Heddle's code, cgroups or eBPF.
 
 use std::{
     io::{BufRead, BufReader},
     net::{IpAddr, Ipv4Addr},
-    os::fd::AsRawFd,
+    os::fd::{AsFd, AsRawFd},
     process::{Child, Command, Output, Stdio},
 };
 
 use anyhow::{Context, ensure};
 use futures::TryStreamExt;
+use linux::netns::Netns;
 use rtnetlink::{Handle, LinkBridge, LinkUnspec, LinkVeth};
 
-use super::{Side, namespace::Namespace};
+use super::Side;
 use crate::scenario::{Ends, PORT};
 
-const SERVER_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 1);
+pub(super) const SERVER_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 1);
 const CLIENT_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 2);
 const PREFIX_LENGTH: u8 = 24;
 
-/// The running baseline. Dropping it ends the server; the namespaces go with their descriptors.
+/// The namespaces; they go with their last descriptors.
+#[derive(Clone)]
+pub(super) struct Network {
+    pub(super) server: Netns,
+    pub(super) client: Netns,
+    // Held for the bridge in it.
+    _switch: Netns,
+}
+
+impl Network {
+    pub(super) fn create() -> anyhow::Result<Self> {
+        let create = || Netns::create().context("cannot make a network namespace");
+        let (switch, server, client) = (create()?, create()?, create()?);
+        switch.run(|| {
+            with_netlink(async |netlink| build_switch(&netlink, &[&server, &client]).await)
+        })??;
+        for (namespace, address) in [(&server, SERVER_ADDRESS), (&client, CLIENT_ADDRESS)] {
+            namespace.run(|| with_netlink(async |netlink| bring_up(&netlink, address).await))??;
+        }
+        Ok(Self {
+            server,
+            client,
+            _switch: switch,
+        })
+    }
+}
+
+/// The running baseline. Dropping it ends the server.
 pub(super) struct Plain {
-    client: Namespace,
+    network: Network,
     server_process: Child,
     ends: Ends,
-    // Held for the bridge in it.
-    _switch: Namespace,
 }
 
 impl Plain {
     /// Makes the namespaces and starts the server.
     pub(super) fn start(ends: &Ends) -> anyhow::Result<Self> {
-        let switch = Namespace::create()?;
-        let server = Namespace::create()?;
-        let client = Namespace::create()?;
-        switch.run(|| {
-            with_netlink(async |netlink| build_switch(&netlink, &[&server, &client]).await)
-        })?;
-        for (namespace, address) in [(&server, SERVER_ADDRESS), (&client, CLIENT_ADDRESS)] {
-            namespace.run(|| with_netlink(async |netlink| bring_up(&netlink, address).await))?;
-        }
-        let server_process = server.run(|| start_server(ends))?;
+        let network = Network::create()?;
+        let server_process = network.server.run(|| start_server(ends))??;
         Ok(Self {
-            client,
+            network,
             server_process,
             ends: ends.clone(),
-            _switch: switch,
         })
     }
 }
 
 impl Side for Plain {
     fn client(&self, arguments: &[String]) -> anyhow::Result<Output> {
-        self.client.run(|| {
+        self.network.client.run(|| {
             Command::new(&self.ends.program)
                 .args(arguments)
                 .output()
                 .context("cannot start the client of the baseline")
-        })
+        })?
     }
 
     fn target(&self) -> String {
@@ -106,7 +123,7 @@ fn with_netlink<T>(body: impl AsyncFnOnce(Handle) -> anyhow::Result<T>) -> anyho
 }
 
 /// A bridge, and for each endpoint a veth whose other side, `eth0`, is in the endpoint's namespace.
-async fn build_switch(netlink: &Handle, endpoints: &[&Namespace]) -> anyhow::Result<()> {
+async fn build_switch(netlink: &Handle, endpoints: &[&Netns]) -> anyhow::Result<()> {
     let bridge = LinkBridge::new("bridge").up().build();
     netlink.link().add(bridge).execute().await?;
     let bridge = link_index(netlink, "bridge").await?;
@@ -115,7 +132,7 @@ async fn build_switch(netlink: &Handle, endpoints: &[&Namespace]) -> anyhow::Res
         let veth = LinkVeth::new(&name, "eth0").build();
         netlink.link().add(veth).execute().await?;
         let moved = LinkUnspec::new_with_index(link_index(netlink, "eth0").await?)
-            .setns_by_fd(endpoint.file.as_raw_fd())
+            .setns_by_fd(endpoint.as_fd().as_raw_fd())
             .build();
         netlink.link().set(moved).execute().await?;
         let joined = LinkUnspec::new_with_index(link_index(netlink, &name).await?)

@@ -52,23 +52,18 @@ const START_AIM: Duration = Duration::from_secs(3);
 /// All measurements of a run.
 #[derive(Debug)]
 pub(super) struct Report {
-    /// What plain TCP is compared with.
-    other: &'static str,
-    scenarios: Vec<(Scenario, Vec<Pair>)>,
+    /// What is compared: the last with the one before it. The first is bare plain TCP.
+    sides: Vec<&'static str>,
+    /// By scenario and round: one measurement of each side.
+    scenarios: Vec<(Scenario, Vec<Vec<Measurement>>)>,
     start: Option<StartFigure>,
 }
 
-/// One scenario in one round.
-#[derive(Debug)]
-struct Pair {
-    plain: Measurement,
-    other: Measurement,
-}
-
 impl Report {
-    pub(super) fn new(scenarios: &[Scenario], other: &'static str) -> Self {
+    /// `sides` are two or more.
+    pub(super) fn new(scenarios: &[Scenario], sides: &[&'static str]) -> Self {
         Self {
-            other,
+            sides: sides.to_vec(),
             scenarios: scenarios
                 .iter()
                 .map(|&scenario| (scenario, Vec::new()))
@@ -77,9 +72,9 @@ impl Report {
         }
     }
 
-    /// Adds what one round measured for the scenario of this index.
-    pub(super) fn add(&mut self, scenario: usize, plain: Measurement, other: Measurement) {
-        self.scenarios[scenario].1.push(Pair { plain, other });
+    /// Adds what one round measured for the scenario of this index, one measurement of each side.
+    pub(super) fn add(&mut self, scenario: usize, measured: Vec<Measurement>) {
+        self.scenarios[scenario].1.push(measured);
     }
 
     /// Adds the time of `heddle up`, and what starting the programs takes by itself.
@@ -100,15 +95,13 @@ impl Report {
         let comparisons = self
             .scenarios
             .iter()
-            .flat_map(|(scenario, pairs)| {
-                scenario
-                    .metrics()
-                    .iter()
-                    .map(move |&metric| Comparison::of(scenario, metric, pairs))
+            .flat_map(|(scenario, rounds)| {
+                let metrics = scenario.metrics().iter();
+                metrics.map(|metric| Comparison::of(scenario, *metric, rounds, self.sides.len()))
             })
             .collect();
         Figures {
-            other: self.other,
+            sides: self.sides.clone(),
             comparisons,
             start: self.start.clone(),
         }
@@ -118,48 +111,54 @@ impl Report {
 /// Everything a run found.
 #[derive(Debug, Serialize)]
 pub(super) struct Figures {
-    other: &'static str,
+    sides: Vec<&'static str>,
     comparisons: Vec<Comparison>,
     start: Option<StartFigure>,
 }
 
-/// One figure on both sides.
+/// One figure on all sides.
 #[derive(Debug, Serialize)]
 struct Comparison {
     scenario: String,
     metric: &'static str,
     unit: &'static str,
     rounds: usize,
-    plain_median: f64,
-    other_median: f64,
+    /// By side.
+    medians: Vec<f64>,
+    /// Of the last side to the one before it: what the aim is about.
     ratio_median: f64,
     ratio_min: f64,
     ratio_max: f64,
+    /// Of the last side to the first.
+    ratio_to_plain: f64,
     aim: String,
     met: bool,
 }
 
 impl Comparison {
-    fn of(scenario: &Scenario, metric: Metric, pairs: &[Pair]) -> Self {
-        let plain: Vec<f64> = pairs.iter().map(|pair| metric.of(&pair.plain)).collect();
-        let other: Vec<f64> = pairs.iter().map(|pair| metric.of(&pair.other)).collect();
-        let ratios: Vec<f64> = other
-            .iter()
-            .zip(&plain)
-            .map(|(other, plain)| other / plain)
-            .collect();
+    fn of(scenario: &Scenario, metric: Metric, rounds: &[Vec<Measurement>], sides: usize) -> Self {
+        let values = |side: usize| -> Vec<f64> {
+            let measured = rounds.iter().filter_map(|round| round.get(side));
+            measured.map(|measured| metric.of(measured)).collect()
+        };
+        let ratios = |side: usize| -> Vec<f64> {
+            let last = values(sides - 1).into_iter();
+            let pairs = last.zip(values(side));
+            pairs.map(|(last, other)| last / other).collect()
+        };
         let (metric_name, unit) = metric.name_and_unit();
-        let ratio_median = median(&ratios);
+        let compared = ratios(sides.saturating_sub(2));
+        let ratio_median = median(&compared);
         Self {
             scenario: scenario.to_string(),
             metric: metric_name,
             unit,
-            rounds: pairs.len(),
-            plain_median: median(&plain),
-            other_median: median(&other),
+            rounds: rounds.len(),
+            medians: (0..sides).map(|side| median(&values(side))).collect(),
             ratio_median,
-            ratio_min: ratios.iter().copied().fold(f64::INFINITY, f64::min),
-            ratio_max: ratios.iter().copied().fold(f64::NEG_INFINITY, f64::max),
+            ratio_min: compared.iter().copied().fold(f64::INFINITY, f64::min),
+            ratio_max: compared.iter().copied().fold(f64::NEG_INFINITY, f64::max),
+            ratio_to_plain: median(&ratios(0)),
             aim: aim(metric).to_string(),
             met: aim(metric).is_met(ratio_median),
         }
@@ -180,24 +179,29 @@ struct StartFigure {
 impl fmt::Display for Report {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let figures = self.figures();
+        write!(formatter, "{:<28}{:>7}", "", "")?;
+        for side in &figures.sides {
+            write!(formatter, "{side:>12}")?;
+        }
+        let compared = "last to one before";
         writeln!(
             formatter,
-            "{:<16} {:<11} {:>7} {:>11} {:>11} {:>7}  {:<15} {:<7}",
-            "", "", "", "plain TCP", self.other, "ratio", "(min – max)", "aim"
+            "   {compared} (min – max)    aim            to plain TCP"
         )?;
         for line in &figures.comparisons {
+            let name = format!("{} {}", line.scenario, line.metric);
+            write!(formatter, "{name:<28}{:>7}", line.unit)?;
+            for median in &line.medians {
+                write!(formatter, "{median:>12.2}")?;
+            }
             let spread = format!("({:.3} – {:.3})", line.ratio_min, line.ratio_max);
             writeln!(
                 formatter,
-                "{:<16} {:<11} {:>7} {:>11.2} {:>11.2} {:>7.3}  {spread:<15} {:<7} {}",
-                line.scenario,
-                line.metric,
-                line.unit,
-                line.plain_median,
-                line.other_median,
+                "   {:>8.3}  {spread:<21} {:<7}{:<7}{:>11.3}",
                 line.ratio_median,
                 line.aim,
                 verdict(line.met),
+                line.ratio_to_plain,
             )?;
         }
         if let Some(start) = &figures.start {
@@ -241,16 +245,19 @@ mod tests {
 
     #[test]
     fn ratios_are_formed_within_rounds() {
-        let mut report = Report::new(&[Scenario::new(Mode::Pingpong, 64)], "mesh");
+        let scenarios = [Scenario::new(Mode::Pingpong, 64)];
+        let mut report = Report::new(&scenarios, &["plain TCP", "contained", "mesh"]);
         // The machine is ten times slower in the second round; the ratio is 1.01 throughout.
         for scale in [1, 10, 1] {
-            report.add(0, measurement(10_000 * scale), measurement(10_100 * scale));
+            let sides = [8_000, 10_000, 10_100].map(|p50| measurement(p50 * scale));
+            report.add(0, sides.to_vec());
         }
         let figures = report.figures();
         let p50 = &figures.comparisons[0];
         assert_eq!((p50.metric, p50.unit), ("p50", "µs"));
         assert!((p50.ratio_max - 1.01).abs() < 1e-9, "{p50:?}");
-        assert!((p50.plain_median - 10.0).abs() < 1e-9, "{p50:?}");
+        assert!((p50.medians[1] - 10.0).abs() < 1e-9, "{p50:?}");
+        assert!((p50.ratio_to_plain - 1.2625).abs() < 1e-9, "{p50:?}");
         assert!(p50.met);
     }
 
