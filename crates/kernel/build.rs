@@ -1,11 +1,6 @@
 //! Compiles the kernel programs (`bpf/`) with clang into one object that the crate embeds.
 
-use std::{
-    env, fs,
-    hash::{DefaultHasher, Hash, Hasher},
-    path::PathBuf,
-    process::Command,
-};
+use std::{env, path::PathBuf, process::Command};
 
 fn main() {
     println!("cargo::rerun-if-changed=bpf");
@@ -28,16 +23,4 @@ fn main() {
             )
         }
     }
-    println!("cargo::rustc-env=HEDDLE_MAP_LAYOUT={:016x}", layout());
-}
-
-/// Names the map layout: objects with the same layout may share pinned maps.
-fn layout() -> u64 {
-    let mut hasher = DefaultHasher::new();
-    for header in ["bpf/types.h", "bpf/maps.h"] {
-        fs::read_to_string(header)
-            .expect("the header is part of the crate")
-            .hash(&mut hasher);
-    }
-    hasher.finish()
 }

@@ -128,6 +128,7 @@ impl Node {
             state_dir: layout.state_dir(NODE),
             cgroup: cgroup.path().into(),
             dns_upstream: Vec::new(),
+            maps: api::map_sizes::MapSizes::default(),
         };
         let config_path = layout.agent_config(NODE);
         fs::write(&config_path, serde_json::to_vec_pretty(&config)?)?;

@@ -3,7 +3,7 @@
 //! - [`mesh`]: the settings of one mesh (names, address ranges) with their defaults.
 //! - [`pod`]: one replica of a workload, as control asks for it and the runtime reports it.
 //! - [`enroll`]: the messages between who starts workloads and the node agent.
-//! - [`node_config`]: what a node agent is told at its start.
+//! - [`node_config`]: what a node agent is told at its start, [`map_sizes`] among it.
 //! - [`parse()`]: the text of a file to [`objects`] and [`problem`]s, by way of [`yaml`] trees that know their positions.
 //! - [`check`]: what is wrong between objects.
 //!
@@ -12,6 +12,7 @@
 pub mod check;
 mod decode;
 pub mod enroll;
+pub mod map_sizes;
 pub mod mesh;
 pub mod node_config;
 pub mod objects;

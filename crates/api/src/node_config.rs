@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::mesh::MeshConfig;
+use crate::{map_sizes::MapSizes, mesh::MeshConfig};
 
 /// Settings of one node agent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,4 +32,7 @@ pub struct NodeConfig {
     /// `/etc/resolv.conf`.
     #[serde(default)]
     pub dns_upstream: Vec<String>,
+    /// Room in the kernel's maps. An agent that is started with other sizes moves what is in them over.
+    #[serde(default)]
+    pub maps: MapSizes,
 }

@@ -129,10 +129,10 @@ pub struct ProgramStatus {
 pub struct MapStatus {
     /// Map name.
     pub map: String,
-    /// Entries.
-    pub entries: usize,
-    /// Room for so many.
-    pub capacity: u32,
+    /// Entries; absent for what cannot be counted. Of maps that the kernel writes: as counted last, seconds ago.
+    pub entries: Option<usize>,
+    /// Room for so many (bytes of the flow records' ring buffer); absent if memory is the only bound.
+    pub capacity: Option<u32>,
 }
 
 /// How often one reason came up.

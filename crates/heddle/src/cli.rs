@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use api::map_sizes::MapSize;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// Heddle: a service mesh whose connections take the shortest path that policy allows.
@@ -94,6 +95,9 @@ pub(crate) struct UpArgs {
     /// Name server for names outside the mesh, instead of the machine's own; may be given several times.
     #[arg(long, value_name = "ADDRESS[:PORT]")]
     pub(crate) dns_upstream: Vec<String>,
+    /// Room in a kernel map, such as `verdicts=500000`; may be given several times. `heddle status` shows what is used.
+    #[arg(long, value_name = "NAME=N")]
+    pub(crate) map_size: Vec<MapSize>,
     #[command(flatten)]
     pub(crate) common: Common,
 }

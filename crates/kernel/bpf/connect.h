@@ -8,6 +8,7 @@
 
 #include <linux/in.h>
 
+#include "carry.h"
 #include "decide.h"
 #include "datagram.h"
 #include "flow.h"
@@ -118,7 +119,7 @@ static __always_inline int route_socket(struct bpf_sock_addr *ctx, enum call cal
 	question.protocol = CONTEXT_READ(ctx, type) == 1 ? IPPROTO_TCP : IPPROTO_UDP;
 	if (!socket)
 		return refuse_with(EACCES);
-	state = bpf_sk_storage_get(&sockets, socket, 0, 0);
+	state = own_state(socket);
 	grant.original = d->destination;
 	grant.original_port = d->port;
 	if (!state || state->socket_class == CLASS_NONE) {
@@ -205,17 +206,22 @@ int heddle_sendmsg6(struct bpf_sock_addr *ctx)
 }
 
 /* The state whose original address should be shown instead of the real one, or null. */
-static __always_inline struct socket_state *redirected(struct bpf_sock *socket)
+static __always_inline struct socket_state *redirected(struct bpf_sock *socket,
+						       struct socket_state *buffer)
 {
-	struct socket_state *state = socket ? bpf_sk_storage_get(&sockets, socket, 0, 0) : 0;
+	struct socket_state *state = socket ? seen_state(socket, buffer) : 0;
 
-	return state && (state->flags & SOCKET_REDIRECTED) ? state : 0;
+	if (!state)
+		return 0;
+	OPAQUE(state);
+	return state->flags & SOCKET_REDIRECTED ? state : 0;
 }
 
 SEC("cgroup/getpeername4")
 int heddle_getpeername4(struct bpf_sock_addr *ctx)
 {
-	struct socket_state *state = redirected(ctx->sk);
+	struct socket_state buffer = {};
+	struct socket_state *state = redirected(ctx->sk, &buffer);
 
 	if (state && address_is_v4(&state->grant.original))
 		write_v4(ctx, &state->grant.original, state->grant.original_port);
@@ -225,7 +231,8 @@ int heddle_getpeername4(struct bpf_sock_addr *ctx)
 SEC("cgroup/getpeername6")
 int heddle_getpeername6(struct bpf_sock_addr *ctx)
 {
-	struct socket_state *state = redirected(ctx->sk);
+	struct socket_state buffer = {};
+	struct socket_state *state = redirected(ctx->sk, &buffer);
 
 	if (state)
 		write_v6(ctx, &state->grant.original, state->grant.original_port);
@@ -235,13 +242,13 @@ int heddle_getpeername6(struct bpf_sock_addr *ctx)
 /* Turns the sender of a datagram, in *from and *port, into the address that was asked. Returns whether it differs. */
 static __always_inline int show_sender(struct bpf_sock *socket, struct address *from, __u16 *port)
 {
-	struct socket_state *state;
+	struct socket_state buffer = {}, *state;
 	struct peer *peer;
 
 	if (!socket)
 		return 0;
 	if (socket->state == BPF_TCP_ESTABLISHED) { /* so says the kernel of a connected one */
-		state = redirected(socket);
+		state = redirected(socket, &buffer);
 		if (!state)
 			return 0;
 		*from = state->grant.original;

@@ -7,6 +7,7 @@
  *   tcp.h      hand-over from client to server, flow records
  *   ingress.h  enforcement where packets arrive
  *   spoof.h    source addresses on the veth
+ *   carry.h    what an earlier version left in sockets
  */
 #include "connect.h"
 #include "ingress.h"

@@ -11,6 +11,7 @@
 #include <linux/tcp.h>
 #include <linux/udp.h>
 
+#include "carry.h"
 #include "datagram.h"
 #include "decide.h"
 #include "flow.h"
@@ -188,22 +189,24 @@ SEC("cgroup_skb/ingress")
 int heddle_ingress(struct __sk_buff *skb)
 {
 	struct bpf_sock *socket = skb->sk;
-	struct socket_state *state;
+	struct socket_state buffer = {}, *state;
 	struct tuple t = {};
-	struct grant none = {}, *grant;
+	struct grant none = {}, carried = {}, *grant;
 	__u32 headers = 0;
 	__u8 protocol = 0;
 
 	socket = socket ? bpf_sk_fullsock(socket) : 0;
 	if (!socket)
 		return 0;
-	state = bpf_sk_storage_get(&sockets, socket, 0, 0);
-	if (!state)
-		state = late_state(socket);
+	state = seen_state(socket, &buffer);
 	if (!state) {
-		count(REASON_NO_IDENTITY);
-		return 0;
+		state = late_state(socket);
+		if (!state) {
+			count(REASON_NO_IDENTITY);
+			return 0;
+		}
 	}
+	OPAQUE(state);
 	if (state->socket_class == CLASS_AGENT)
 		return 1;
 	if ((state->flags & SOCKET_ADMITTED) && socket->state != BPF_TCP_LISTEN &&
@@ -217,9 +220,10 @@ int heddle_ingress(struct __sk_buff *skb)
 		return 1;
 	if (protocol == IPPROTO_UDP)
 		return datagram_in(skb, socket, &t, state, headers);
-	grant = bpf_map_lookup_elem(&handshakes, &t);
+	grant = find_grant(&t, &carried);
 	if (!grant)
 		return admit_anonymous(&t, protocol, state);
+	OPAQUE(grant);
 	if (grant->destination_workload != state->workload)
 		return refuse_packet(&t, protocol, state, grant, REASON_PEER_NOT_ATTESTED);
 	return 1;

@@ -55,14 +55,31 @@ struct {
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 4 * 1024 * 1024);
+	__type(value, struct flow_event); /* says how records are laid out; a ring has no values */
 } flows SEC(".maps");
 
-/* How often each reason came up, per CPU. */
+/* An earlier version's `sockets` and `handshakes` (carry.h), whose values may be laid out differently. Without one
+ * they are empty, and no program looks into them. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC | BPF_F_CLONE);
+	__type(key, int);
+	__type(value, struct socket_state);
+} sockets_before SEC(".maps"), sockets_before_2 SEC(".maps");
+
+HASH(handshakes_before, struct tuple, struct grant, 32768, 0);
+HASH(handshakes_before_2, struct tuple, struct grant, 32768, 0);
+
+/* How often each reason came up, per CPU. The upper half is user space's: the counts of maps that were replaced. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, REASON_COUNT);
+	__uint(max_entries, REASON_COUNT * 2);
 	__type(key, __u32);
+#ifdef HEDDLE_TEST_LAYOUT
+	__type(value, struct test_counter);
+#else
 	__type(value, __u64);
+#endif
 } reasons SEC(".maps");
 
 static __always_inline void count(__u32 reason)

@@ -5,6 +5,7 @@
  */
 #pragma once
 
+#include "carry.h"
 #include "flow.h"
 #include "socket.h"
 
@@ -44,6 +45,7 @@ static __always_inline void client_tuple(struct bpf_sock_ops *ops, int is_client
 
 static __always_inline void publish_grant(struct bpf_sock_ops *ops, struct socket_state *state)
 {
+	int flags = BPF_SOCK_OPS_STATE_CB_FLAG;
 	struct tuple t = {};
 	struct grant grant;
 
@@ -51,10 +53,12 @@ static __always_inline void publish_grant(struct bpf_sock_ops *ops, struct socke
 		return;
 	client_tuple(ops, 1, &t);
 	grant = state->grant;
-	/* Without the entry the server's side refuses the SYN: full means closed. */
-	if (bpf_map_update_elem(&handshakes, &t, &grant, BPF_ANY))
+	/* Without the entry the server's side refuses the SYN: full means closed. The next SYN tries again. */
+	if (bpf_map_update_elem(&handshakes, &t, &grant, BPF_ANY)) {
 		count(REASON_HANDSHAKES_FULL);
-	bpf_sock_ops_cb_flags_set(ops, BPF_SOCK_OPS_STATE_CB_FLAG);
+		flags |= BPF_SOCK_OPS_RTO_CB_FLAG;
+	}
+	bpf_sock_ops_cb_flags_set(ops, flags);
 }
 
 static __always_inline __u64 without(__u64 bytes, int counted)
@@ -96,7 +100,7 @@ static __always_inline void report(struct bpf_sock_ops *ops, struct socket_state
 
 static __always_inline void accept_grant(struct bpf_sock_ops *ops, struct socket_state *state)
 {
-	struct grant *grant;
+	struct grant carried = {}, *grant;
 	struct tuple t = {};
 
 	/* The state is a copy of the listener's: nothing of the connection is in it yet. */
@@ -107,10 +111,11 @@ static __always_inline void accept_grant(struct bpf_sock_ops *ops, struct socket
 		state->flags |= SOCKET_LOCAL;
 		return;
 	}
-	grant = bpf_map_lookup_elem(&handshakes, &t);
+	grant = find_grant(&t, &carried);
 	if (grant) {
+		OPAQUE(grant);
 		state->grant = *grant;
-		bpf_map_delete_elem(&handshakes, &t);
+		forget_grant(&t);
 		return;
 	}
 	/* Admitted at ingress without a grant: an anonymous peer. This side makes the flow record. */
@@ -139,7 +144,7 @@ static __always_inline void on_close(struct bpf_sock_ops *ops, struct socket_sta
 		struct tuple t = {};
 
 		client_tuple(ops, 1, &t);
-		bpf_map_delete_elem(&handshakes, &t);
+		forget_grant(&t);
 	}
 	/* The socket may be used again: it has to ask again. */
 	state->flags = 0;
@@ -154,16 +159,21 @@ int heddle_sockops(struct bpf_sock_ops *ops)
 
 	if (op != BPF_SOCK_OPS_TCP_CONNECT_CB && op != BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB &&
 	    op != BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB && op != BPF_SOCK_OPS_TCP_LISTEN_CB &&
-	    op != BPF_SOCK_OPS_STATE_CB)
+	    op != BPF_SOCK_OPS_STATE_CB && op != BPF_SOCK_OPS_RTO_CB)
 		return 1;
 	if (!socket)
 		return 1;
-	state = bpf_sk_storage_get(&sockets, socket, 0, 0);
+	state = own_state(socket);
 	if (!state || state->socket_class == CLASS_AGENT)
 		return 1;
 	switch (op) {
 	case BPF_SOCK_OPS_TCP_CONNECT_CB:
 		publish_grant(ops, state);
+		break;
+	case BPF_SOCK_OPS_RTO_CB:
+		/* Asked for only by a client whose handshake found no room. */
+		if (!(state->flags & SOCKET_ESTABLISHED))
+			publish_grant(ops, state);
 		break;
 	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
 		state->flags |= SOCKET_ESTABLISHED;

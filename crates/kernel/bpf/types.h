@@ -170,6 +170,9 @@ struct device_entry {
 
 /* What the client's connect hook decided: travels from there to the server's socket. */
 struct grant {
+#ifdef HEDDLE_TEST_LAYOUT /* tests of upgrades compile a version whose structs differ */
+	__u32 test_layout[2];
+#endif
 	__u64 start_ns;
 	struct address original; /* where the program asked to go */
 	__u32 source_workload;
@@ -189,6 +192,12 @@ struct tuple {
 	__u16 destination_port;
 };
 
+#ifdef HEDDLE_TEST_LAYOUT
+struct test_counter {
+	__u64 count;
+};
+#endif
+
 /* State of one socket, kept in the socket itself. */
 #define SOCKET_ADMITTED 1  /* its packets need no further check */
 #define SOCKET_LOCAL 2     /* within one workload: no flow record */
@@ -199,8 +208,14 @@ struct tuple {
 #define SOCKET_FIN_RECEIVED 64
 #define SOCKET_REPLIES 128   /* a datagram server's, connected to a client that may call it */
 struct socket_state {
+#ifdef HEDDLE_TEST_LAYOUT
+	__u32 test_layout[3];
+	__u32 workload;
+	__u64 netns;
+#else
 	__u64 netns;
 	__u32 workload;
+#endif
 	__u32 socket_class;
 	__u32 flags;
 	__u32 refused_at; /* when a refused datagram was last recorded, in units of 2^20 ns */

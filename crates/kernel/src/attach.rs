@@ -15,19 +15,12 @@ use crate::{
     sys::{self, LinkTarget},
 };
 
-/// The programs attached to the node's cgroup. What closes comes before what opens.
+/// The programs attached to the node's cgroup, in the order in which they are attached or replaced: those that only
+/// read a socket's state or a handshake first, then along a connection's life backwards, so that whatever an earlier
+/// version's program writes is read by programs that know where to look (`bpf/carry.h`). Until the last one is in
+/// place a socket has no identity, and is refused.
 pub(crate) const CGROUP_PROGRAMS: &[(&str, attach_type)] = &[
     ("heddle_ingress", attach_type::BPF_CGROUP_INET_INGRESS),
-    (
-        "heddle_sock_create",
-        attach_type::BPF_CGROUP_INET_SOCK_CREATE,
-    ),
-    ("heddle_connect4", attach_type::BPF_CGROUP_INET4_CONNECT),
-    ("heddle_connect6", attach_type::BPF_CGROUP_INET6_CONNECT),
-    ("heddle_sendmsg4", attach_type::BPF_CGROUP_UDP4_SENDMSG),
-    ("heddle_sendmsg6", attach_type::BPF_CGROUP_UDP6_SENDMSG),
-    ("heddle_recvmsg4", attach_type::BPF_CGROUP_UDP4_RECVMSG),
-    ("heddle_recvmsg6", attach_type::BPF_CGROUP_UDP6_RECVMSG),
     (
         "heddle_getpeername4",
         attach_type::BPF_CGROUP_INET4_GETPEERNAME,
@@ -36,7 +29,17 @@ pub(crate) const CGROUP_PROGRAMS: &[(&str, attach_type)] = &[
         "heddle_getpeername6",
         attach_type::BPF_CGROUP_INET6_GETPEERNAME,
     ),
+    ("heddle_recvmsg4", attach_type::BPF_CGROUP_UDP4_RECVMSG),
+    ("heddle_recvmsg6", attach_type::BPF_CGROUP_UDP6_RECVMSG),
     ("heddle_sockops", attach_type::BPF_CGROUP_SOCK_OPS),
+    ("heddle_connect4", attach_type::BPF_CGROUP_INET4_CONNECT),
+    ("heddle_connect6", attach_type::BPF_CGROUP_INET6_CONNECT),
+    ("heddle_sendmsg4", attach_type::BPF_CGROUP_UDP4_SENDMSG),
+    ("heddle_sendmsg6", attach_type::BPF_CGROUP_UDP6_SENDMSG),
+    (
+        "heddle_sock_create",
+        attach_type::BPF_CGROUP_INET_SOCK_CREATE,
+    ),
 ];
 
 /// The program on every workload's veth.

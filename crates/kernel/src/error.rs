@@ -12,10 +12,14 @@ pub enum KernelError {
     )]
     Load(#[from] aya::EbpfError),
     /// The verifier refused a program, or its type is not supported.
-    #[error("the kernel refused program {program}: {source}")]
+    #[error(
+        "the kernel refused program {program}: {words}; what an earlier agent attached stays in force\n{source}"
+    )]
     Program {
         /// Program name.
         program: String,
+        /// The verifier's conclusion.
+        words: String,
         /// What the kernel said, with the verifier's log.
         source: Box<aya::programs::ProgramError>,
     },
@@ -44,12 +48,27 @@ pub enum KernelError {
         source: io::Error,
     },
     /// A map has no room; what was to be inserted is refused by the data path.
-    #[error("map {table} is full ({capacity} entries): raise its size in the node's configuration")]
+    #[error(
+        "map {table} is full ({capacity} entries), and what finds no room is refused: \
+         start the mesh with --map-size {setting}=N and a larger N"
+    )]
     Full {
         /// Map name.
         table: &'static str,
         /// Its size.
         capacity: u32,
+        /// What a user sets to make it larger.
+        setting: &'static str,
+    },
+    /// A map could not take the place of an earlier one; the earlier ones stay in force.
+    #[error("cannot {action} map {map}: {source}; the kernel goes on with what it has")]
+    Migration {
+        /// Map name.
+        map: &'static str,
+        /// What was tried.
+        action: &'static str,
+        /// What the kernel said.
+        source: io::Error,
     },
     /// Attaching, replacing or pinning a link failed.
     #[error("cannot {action} {program}: {source}")]
@@ -72,10 +91,47 @@ pub enum KernelError {
 }
 
 impl KernelError {
+    pub(crate) fn program(program: &str, source: aya::programs::ProgramError) -> Self {
+        let words = match &source {
+            aya::programs::ProgramError::LoadError {
+                verifier_log,
+                io_error,
+            } => conclusion(&verifier_log.to_string()).unwrap_or_else(|| io_error.to_string()),
+            other => other.to_string(),
+        };
+        Self::Program {
+            program: program.to_owned(),
+            words,
+            source: Box::new(source),
+        }
+    }
+
     pub(crate) fn map(table: &'static str, source: aya::maps::MapError) -> Self {
         Self::Map {
             table,
             source: Box::new(source),
         }
+    }
+}
+
+/// The line of the verifier's log that says why: the last one that is no statistic.
+fn conclusion(log: &str) -> Option<String> {
+    let statistics = ["processed ", "verification time ", "stack depth "];
+    let lines = log.lines().map(str::trim);
+    let mut words = lines
+        .filter(|line| !line.is_empty() && !statistics.iter().any(|start| line.starts_with(start)));
+    words.next_back().map(ToOwned::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_verifiers_conclusion_stands_before_its_statistics() {
+        let log = "0: R1=ctx()\n1: (61) r0 = *(u32 *)(r2 +0)\nR2 !read_ok\nverification time 3 usec\n\
+                   stack depth 0\nprocessed 2 insns (limit 1000000)\n";
+        assert_eq!(conclusion(log).as_deref(), Some("R2 !read_ok"));
+        assert_eq!(conclusion(""), None);
     }
 }

@@ -5,24 +5,32 @@
 //! programs is told in ARCHITECTURE.md.
 
 mod attach;
+mod btf;
+mod counters;
 mod datagrams;
 mod error;
 mod events;
 mod loader;
+mod maps;
+mod migrate;
 mod pinned;
 mod probe;
+mod raw;
 mod reason;
 mod sys;
 mod table;
 mod types;
+mod usage;
 
+/// Room in the maps.
+pub use api::map_sizes::MapSizes;
 pub use attach::AttachedProgram;
 /// What may be a key or a value of a [`Table`].
 pub use aya::Pod;
 pub use datagrams::Datagrams;
 pub use error::KernelError;
 pub use events::FlowReader;
-pub use loader::{Kernel, KernelConfig, MapSizes, Tables};
+pub use loader::{Kernel, KernelConfig, Tables};
 pub use pinned::{MapMemory, PinnedMaps};
 pub use probe::missing_features;
 pub use reason::Reason;
@@ -32,6 +40,7 @@ pub use types::{
     EndpointEntry, FlowEvent, FlowKind, ServiceEntry, ServiceKey, SlotEntry, SlotKey, SocketClass,
     Tuple, VerdictEntry, VerdictKey, WorkloadEntry,
 };
+pub use usage::MapUse;
 
 /// Identity id of peers that nobody vouches for (traffic from outside the mesh).
 pub const SOURCE_ANONYMOUS: u32 = 0;

@@ -2,6 +2,7 @@
 //! For measuring and tests; the node's agent, which writes them, has [`crate::Tables`].
 
 use std::{
+    collections::BTreeMap,
     fs, io,
     os::fd::{AsRawFd, OwnedFd},
     path::{Path, PathBuf},
@@ -12,12 +13,16 @@ use aya::{
     maps::{HashMap as BpfHashMap, Map, MapData},
 };
 
-use crate::{Address, AddressEntry, KernelError, ServiceEntry, ServiceKey, WorkloadEntry, sys};
+use crate::{
+    Address, AddressEntry, KernelError, ServiceEntry, ServiceKey, WorkloadEntry, maps, sys,
+};
 
 /// The live maps of one node.
 #[derive(Debug)]
 pub struct PinnedMaps {
     folder: PathBuf,
+    /// By name.
+    pins: BTreeMap<String, PathBuf>,
     services: BpfHashMap<MapData, ServiceKey, ServiceEntry>,
     addresses: BpfHashMap<MapData, Address, AddressEntry>,
     workloads: BpfHashMap<MapData, u32, WorkloadEntry>,
@@ -38,28 +43,19 @@ impl PinnedMaps {
     /// Opens the maps that an agent has pinned below `pin_dir` ([`crate::KernelConfig::pin_dir`]).
     ///
     /// # Errors
-    /// There are none, or maps of several layouts: an agent is just being replaced.
+    /// There are none.
     pub fn open(pin_dir: &Path) -> Result<Self, KernelError> {
         let failed = |source| KernelError::PinFolder {
             path: pin_dir.to_owned(),
             source,
         };
-        let mut folders = Vec::new();
-        for entry in fs::read_dir(pin_dir).map_err(failed)? {
-            let entry = entry.map_err(failed)?;
-            if entry.file_name().as_encoded_bytes().starts_with(b"maps-") {
-                folders.push(entry.path());
-            }
-        }
-        let [folder] = folders.as_slice() else {
-            let text = format!("it has maps of {} layouts, not of one", folders.len());
-            return Err(failed(io::Error::other(text)));
-        };
+        let pins = maps::newest(pin_dir).map_err(failed)?;
         Ok(Self {
-            services: open(folder, "services")?,
-            addresses: open(folder, "addresses")?,
-            workloads: open(folder, "workloads")?,
-            folder: folder.clone(),
+            services: open(&pins, "services")?,
+            addresses: open(&pins, "addresses")?,
+            workloads: open(&pins, "workloads")?,
+            folder: pin_dir.to_owned(),
+            pins,
         })
     }
 
@@ -88,12 +84,9 @@ impl PinnedMaps {
     pub fn memory(&self) -> Result<Vec<MapMemory>, KernelError> {
         let read = || -> io::Result<Vec<MapMemory>> {
             let mut maps = Vec::new();
-            for entry in fs::read_dir(&self.folder)? {
-                let entry = entry?;
-                let name = entry.file_name().to_string_lossy().into_owned();
-                maps.push(memory_of(name, &sys::open_pin(&entry.path())?)?);
+            for (name, pin) in &self.pins {
+                maps.push(memory_of(name.clone(), &sys::open_pin(pin)?)?);
             }
-            maps.sort_by(|one, other| one.map.cmp(&other.map));
             Ok(maps)
         };
         read().map_err(|source| KernelError::PinFolder {
@@ -104,10 +97,14 @@ impl PinnedMaps {
 }
 
 fn open<K: Pod, V: Pod>(
-    folder: &Path,
+    pins: &BTreeMap<String, PathBuf>,
     name: &'static str,
 ) -> Result<BpfHashMap<MapData, K, V>, KernelError> {
-    MapData::from_pin(folder.join(name))
+    let pin = pins.get(name).ok_or_else(|| KernelError::Missing {
+        kind: "pinned map",
+        name: name.into(),
+    })?;
+    MapData::from_pin(pin)
         .and_then(|data| BpfHashMap::try_from(Map::HashMap(data)))
         .map_err(|source| KernelError::map(name, source))
 }

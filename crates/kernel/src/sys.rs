@@ -115,14 +115,14 @@ fn batch<K: Pod>(
     }
 }
 
-fn empty() -> bpf_attr {
+pub(crate) fn empty() -> bpf_attr {
     // SAFETY: a union of plain integers; all zero is what bpf(2) asks of unused fields.
     unsafe { std::mem::zeroed() }
 }
 
-fn call(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<RawFd> {
-    // SAFETY: attr is a whole, initialised bpf_attr of the size given; every pointer in it comes from a
-    // CString or a slice that lives until the caller returns, and the kernel reads what is behind it only.
+pub(crate) fn call(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<RawFd> {
+    // SAFETY: attr is a whole, initialised bpf_attr of the size given; every pointer in it is to a buffer, slice or
+    // CString that lives until the caller returns, and that is mutable where the kernel writes.
     let result = unsafe {
         libc::syscall(
             libc::SYS_bpf,

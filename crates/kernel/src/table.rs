@@ -14,7 +14,7 @@ use aya::{
 };
 use nix::libc;
 
-use crate::{KernelError, sys};
+use crate::{KernelError, maps, sys};
 
 /// Entries per batched call: what the kernel copies in at a time stays small.
 const BATCH: usize = 4096;
@@ -66,10 +66,7 @@ impl<K: Pod + Eq + Hash, V: Pod + PartialEq> Table<K, V> {
                 MapError::SyscallError(ref error)
                     if error.io_error.raw_os_error() == Some(libc::E2BIG) =>
                 {
-                    KernelError::Full {
-                        table: self.name,
-                        capacity: self.capacity,
-                    }
+                    self.full()
                 }
                 source => KernelError::map(self.name, source),
             })?;
@@ -113,10 +110,7 @@ impl<K: Pod + Eq + Hash, V: Pod + PartialEq> Table<K, V> {
         self.mirror.extend(pairs.take(written));
         outcome.map_err(|(_, source)| {
             if source.raw_os_error() == Some(libc::E2BIG) {
-                KernelError::Full {
-                    table: self.name,
-                    capacity: self.capacity,
-                }
+                self.full()
             } else {
                 self.batch_error(source)
             }
@@ -154,6 +148,14 @@ impl<K: Pod + Eq + Hash, V: Pod + PartialEq> Table<K, V> {
             }
         }
         Ok(())
+    }
+
+    fn full(&self) -> KernelError {
+        KernelError::Full {
+            table: self.name,
+            capacity: self.capacity,
+            setting: setting(self.name),
+        }
     }
 
     fn batch_error(&self, source: io::Error) -> KernelError {
@@ -236,4 +238,9 @@ impl<K: Pod + Eq + Hash, V: Pod + PartialEq> Table<K, V> {
             .collect();
         self.remove_all(stale)
     }
+}
+
+/// What a user sets to make a map larger.
+fn setting(map: &'static str) -> &'static str {
+    maps::spec(map).and_then(|spec| spec.setting).unwrap_or(map)
 }

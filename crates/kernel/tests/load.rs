@@ -193,17 +193,17 @@ fn maps_of_another_size_replace_the_old_ones() {
     config.sizes.workloads = 16;
     let (mut second, _flows) = Kernel::open(config).unwrap();
     second.attach().unwrap();
-    let maps = fs::read_dir(ground.dir.path().join("node"))
-        .unwrap()
-        .filter(|entry| {
-            entry
-                .as_ref()
-                .unwrap()
-                .file_name()
-                .to_string_lossy()
-                .starts_with("maps-")
-        });
-    assert_eq!(maps.count(), 1, "the old layout's pins are gone");
+    let maps = fs::read_dir(ground.dir.path().join("node/maps")).unwrap();
+    let workloads: Vec<String> = maps
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| name.starts_with("workloads-"))
+        .collect();
+    assert_eq!(
+        workloads.len(),
+        1,
+        "the old size's pin is gone: {workloads:?}"
+    );
+    assert!(workloads[0].ends_with("-16-2"), "{workloads:?}");
 }
 
 #[test]
@@ -222,7 +222,8 @@ fn a_full_table_says_so_and_keeps_what_it_has() {
             error,
             KernelError::Full {
                 table: "devices",
-                capacity: 8
+                capacity: 8,
+                setting: "workloads",
             }
         ),
         "{error}"
@@ -239,7 +240,9 @@ fn a_pin_folder_outside_a_bpffs_is_a_clear_error() {
     let mut config = ground.config();
     config.pin_dir = elsewhere.path().to_owned();
     let error = Kernel::open(config).map(drop).unwrap_err().to_string();
-    assert!(error.contains("pin"), "{error}");
+    assert!(error.contains("no bpffs is mounted there"), "{error}");
+    let left = fs::read_dir(elsewhere.path()).unwrap().count();
+    assert_eq!(left, 0, "and nothing is made there");
 }
 
 #[test]

@@ -7,19 +7,18 @@
 use std::{
     collections::{HashMap, HashSet},
     fs,
-    hash::Hash,
     os::fd::OwnedFd,
     os::unix::fs::MetadataExt,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use api::{
     enroll::{EnrolledWorkload, FromAgent, ToAgent},
     node_config::NodeConfig,
-    report::{Explanation, MapStatus, NodeStatus, ProgramStatus, ReasonCount},
+    report::{Explanation, NodeStatus, ProgramStatus, ReasonCount},
 };
-use kernel::{Kernel, KernelConfig, MapSizes, Pod, Reason, Table};
+use kernel::{Kernel, KernelConfig, Reason};
 use linux::{netns::Netns, seqpacket::Stream};
 use telemetry::{Registry, tcp::TcpMetrics};
 use tokio::{
@@ -36,6 +35,7 @@ use crate::{
     dataplane::DataPlane,
     explain::{self, Question},
     flows::{self, FlowLog},
+    health::Health,
     http,
     ids::Ids,
     local_dns::LocalDns,
@@ -49,7 +49,7 @@ const MAX_SERIES: usize = 10_000;
 const ENROLL_QUEUE: usize = 64;
 /// Operators' questions that may wait for the loop.
 const COMMAND_QUEUE: usize = 32;
-/// How soon a workload that could not be enrolled is tried again.
+/// How soon what could not be put into effect is tried again.
 const RETRY: Duration = Duration::from_secs(2);
 /// How long the starter's greeting may take.
 const GREETING: Duration = Duration::from_secs(10);
@@ -79,8 +79,14 @@ pub async fn run(config: NodeConfig) -> Result<(), NodeError> {
     let (kernel, reader) = Kernel::open(KernelConfig {
         pin_dir: config.pin_dir.clone(),
         cgroup: config.cgroup.clone(),
-        sizes: MapSizes::default(),
+        sizes: config.maps.clone(),
     })?;
+    if ids.is_new() && kernel.has_predecessor() {
+        // Numbers given out anew would come to mean two things at once.
+        return Err(NodeError::NumbersLost {
+            path: config.state_dir.display().to_string(),
+        });
+    }
     let (mesh, node) = (config.mesh.clone(), config.node.clone());
     let mut dataplane = DataPlane::new(kernel, ids, mesh, node.clone(), Arc::clone(&names));
     let own_cgroup = config.cgroup.join("agent");
@@ -135,6 +141,7 @@ pub async fn run(config: NodeConfig) -> Result<(), NodeError> {
         settled,
         announced: HashSet::new(),
         refused: HashMap::new(),
+        health: Health::default(),
         _client: client,
     };
     let mut terminate =
@@ -172,6 +179,14 @@ async fn greet(config: &NodeConfig) -> Result<(Stream, Netns), NodeError> {
     }
 }
 
+/// A workload that could not be enrolled.
+#[derive(Debug, Clone)]
+struct Refused {
+    workload: EnrolledWorkload,
+    netns: Netns,
+    error: String,
+}
+
 struct Agent {
     config: NodeConfig,
     dataplane: DataPlane,
@@ -189,7 +204,8 @@ struct Agent {
     /// Workloads whose starter was told that they may start.
     announced: HashSet<String>,
     /// Workloads that could not be enrolled, to be tried again.
-    refused: HashMap<String, (EnrolledWorkload, Netns)>,
+    refused: HashMap<String, Refused>,
+    health: Health,
     connection: watch::Receiver<ConnectionState>,
     _client: Client,
 }
@@ -212,11 +228,7 @@ impl Agent {
                 },
                 Some(update) = updates.recv() => self.update(update).await?,
                 Some(command) = commands.recv() => self.answer(command),
-                _ = retry.tick(), if !self.refused.is_empty() => {
-                    for (workload, netns) in std::mem::take(&mut self.refused).into_values() {
-                        self.try_to_enroll(workload, netns).await?;
-                    }
-                }
+                _ = retry.tick() => self.look_again().await?,
                 // An empty type is known by this alone.
                 Ok(()) = connection.changed() => self.settle().await?,
             }
@@ -267,6 +279,19 @@ impl Agent {
         Ok(())
     }
 
+    /// Tries again what failed, and looks at what nobody tells us.
+    async fn look_again(&mut self) -> Result<(), NodeError> {
+        for refused in self.refused.clone().into_values() {
+            self.try_to_enroll(refused.workload, refused.netns).await?;
+        }
+        if !self.dataplane.unapplied.is_empty() {
+            self.pending.add(self.dataplane.unapplied.changes());
+            self.settle().await?;
+        }
+        self.health.look(&self.dataplane.kernel, Instant::now());
+        Ok(())
+    }
+
     /// A failure is the workload's alone: it is told to the starter, and tried again.
     async fn try_to_enroll(
         &mut self,
@@ -277,9 +302,16 @@ impl Agent {
         match self.enroll(workload.clone(), netns.clone()).await {
             Ok(()) => drop(self.refused.remove(&uid)),
             Err(error) => {
-                self.dataplane.problem(format!("{uid}: {error}"));
-                self.refused.insert(uid.clone(), (workload, netns));
                 let error = error.to_string();
+                let refused = Refused {
+                    workload,
+                    netns,
+                    error: error.clone(),
+                };
+                let before = self.refused.insert(uid.clone(), refused);
+                if before.is_none_or(|before| before.error != error) {
+                    tracing::error!(uid, error, "cannot be enrolled, and is tried again");
+                }
                 self.starter
                     .send(&FromAgent::WorkloadRefused { uid, error }, &[])
                     .await?;
@@ -318,7 +350,7 @@ impl Agent {
                 update.answer.reject(message);
             }
             Ok(()) if self.dataplane.problem_count > problems => {
-                let newest = self.dataplane.problems.back().cloned();
+                let newest = self.dataplane.unapplied.newest().cloned();
                 update.answer.reject(newest.unwrap_or_default());
             }
             Ok(()) => update.answer.accept(),
@@ -386,6 +418,10 @@ impl Agent {
             .iter()
             .find(|(reason, _)| *reason == Reason::EventLost);
         let mut problems: Vec<String> = self.dataplane.problems.iter().cloned().collect();
+        problems.extend(self.dataplane.unapplied.problems().cloned());
+        let refused = self.refused.iter();
+        problems.extend(refused.map(|(uid, refused)| format!("{uid}: {}", refused.error)));
+        problems.extend(self.health.problems(&self.dataplane.kernel));
         problems.extend(
             connection
                 .last_error
@@ -414,7 +450,7 @@ impl Agent {
                     target: attached.target.clone(),
                 })
                 .collect(),
-            maps: self.maps(),
+            maps: self.health.maps(&self.dataplane.kernel),
             flows_lost: lost.map_or(0, |(_, count)| *count),
             reasons: counts
                 .into_iter()
@@ -427,26 +463,6 @@ impl Agent {
                 .collect(),
             problems,
         }
-    }
-
-    fn maps(&self) -> Vec<MapStatus> {
-        let tables = &self.dataplane.kernel.tables;
-        vec![
-            map_status(&tables.workloads),
-            map_status(&tables.addresses),
-            map_status(&tables.services),
-            map_status(&tables.endpoints),
-            map_status(&tables.slots),
-            map_status(&tables.verdicts),
-        ]
-    }
-}
-
-fn map_status<K: Pod + Eq + Hash, V: Pod + PartialEq>(table: &Table<K, V>) -> MapStatus {
-    MapStatus {
-        map: table.name().into(),
-        entries: table.len(),
-        capacity: table.capacity(),
     }
 }
 

@@ -7,10 +7,12 @@
 //! - [`services`]: service address → weighted table of endpoints
 //! - [`rules`]: identities × policy sets → verdicts
 //! - [`addresses`]: address → workload
+//! - [`unapplied`]: what found no room, to be tried again
 
 mod addresses;
 mod rules;
 mod services;
+mod unapplied;
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -23,6 +25,7 @@ use api::{enroll::EnrolledWorkload, mesh::MeshConfig};
 use kernel::{CaptureKey, CaptureKind, CgroupEntry, DeviceEntry, Kernel, SocketClass, Tables};
 
 pub(crate) use self::services::{SharedEndpoint, endpoints};
+use self::unapplied::{Part, Unapplied};
 use crate::{
     NodeError,
     dns::DNS_PORT,
@@ -40,6 +43,8 @@ pub(crate) struct DataPlane {
     pub(crate) problems: VecDeque<String>,
     /// How many problems there ever were.
     pub(crate) problem_count: u64,
+    /// What is not in effect, and will be tried again.
+    pub(crate) unapplied: Unapplied,
     pub(crate) names: Arc<NameBook>,
     rules: rules::Rules,
     services: services::Services,
@@ -85,6 +90,7 @@ impl DataPlane {
             kernel,
             problems: VecDeque::new(),
             problem_count: 0,
+            unapplied: Unapplied::default(),
             names,
             rules: rules::Rules::default(),
             services,
@@ -124,7 +130,10 @@ impl DataPlane {
             enrolled,
         };
         self.names.set_workload(id, self.names_of(&local));
-        self.write_local(&local)?;
+        if let Err(error) = self.write_local(&local) {
+            self.take_back(&local);
+            return Err(error);
+        }
         if let Some(old) = self.locals.insert(local.enrolled.uid.clone(), local)
             && old.id != id
         {
@@ -141,8 +150,30 @@ impl DataPlane {
         Ok(())
     }
 
-    /// Brings the tables up to date with what changed. Failures are kept as problems; the rest is applied.
+    /// What a workload that could not be enrolled as a whole leaves in the tables is room for others. One that was
+    /// enrolled before keeps what it has.
+    fn take_back(&mut self, local: &Local) {
+        if self.locals.values().any(|other| other.id == local.id) {
+            return;
+        }
+        if let Err(error) = self.clear_local(local) {
+            tracing::error!(uid = local.enrolled.uid, %error, "cannot be taken back");
+        }
+    }
+
+    /// Brings the tables up to date with what changed. What fails is kept in [`DataPlane::unapplied`]; the rest is
+    /// applied.
     pub(crate) fn apply(&mut self, state: &MeshState, changes: &Changes) {
+        self.apply_once(state, changes);
+        // What one part has freed may be what another one needs.
+        if !self.unapplied.is_empty() {
+            let again = self.unapplied.changes();
+            self.apply_once(state, &again);
+        }
+    }
+
+    fn apply_once(&mut self, state: &MeshState, changes: &Changes) {
+        let mut outcomes = Vec::new();
         let tables = &mut self.kernel.tables;
         let mut failures = Vec::new();
         let local_changed = changes.workloads.iter().any(|name| {
@@ -159,6 +190,9 @@ impl DataPlane {
                 &self.names,
                 &mut failures,
             );
+            let failures: Vec<String> = failures.iter().map(ToString::to_string).collect();
+            let failure = (!failures.is_empty()).then(|| failures.join("; "));
+            outcomes.push((Part::Policies, failure));
         }
         for name in &changes.workloads {
             let outcome = self.addresses.apply(
@@ -171,13 +205,15 @@ impl DataPlane {
                 &self.names,
                 &self.mesh,
             );
-            failures.extend(outcome.err());
+            let failure = outcome.err().map(|error| error.to_string());
+            outcomes.push((Part::Workload(name.clone()), failure));
         }
         for name in &changes.services {
             let outcome =
                 self.services
                     .apply(tables, &mut self.ids, state, &self.node, name, &self.names);
-            failures.extend(outcome.err());
+            let failure = outcome.err().map(|error| error.to_string());
+            outcomes.push((Part::Service(name.clone()), failure));
         }
         for (name, members) in &changes.members {
             if changes.services.contains(name) {
@@ -192,10 +228,13 @@ impl DataPlane {
                 members,
                 &self.names,
             );
-            failures.extend(outcome.err());
+            let failure = outcome.err().map(|error| error.to_string());
+            outcomes.push((Part::Service(name.clone()), failure));
         }
-        for failure in failures {
-            self.problem(failure.to_string());
+        for (part, failure) in outcomes {
+            if self.unapplied.note(part, failure) {
+                self.problem_count += 1;
+            }
         }
     }
 

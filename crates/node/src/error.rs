@@ -13,6 +13,15 @@ pub enum NodeError {
         /// What is wrong with it.
         message: String,
     },
+    /// The kernel holds numbers whose meaning is gone.
+    #[error(
+        "ids.json is missing from {path}, so that the numbers in the kernel cannot be told any more: the last policy \
+         stays in force; start the mesh anew (heddle down, heddle up)"
+    )]
+    NumbersLost {
+        /// The node's state folder.
+        path: String,
+    },
     /// The kernel refused.
     #[error(transparent)]
     Kernel(#[from] kernel::KernelError),

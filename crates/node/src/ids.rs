@@ -78,7 +78,8 @@ impl Ids {
                 io::Error::new(
                     io::ErrorKind::InvalidData,
                     format!(
-                        "{} is damaged ({error}): remove it and the node's pins",
+                        "{} is damaged ({error}), so that the numbers in the kernel cannot be told any more: the \
+                         last policy stays in force; start the mesh anew (heddle down, heddle up)",
                         path.display()
                     ),
                 )
@@ -94,6 +95,11 @@ impl Ids {
             file: None,
             sizes: (0, 0),
         })
+    }
+
+    /// Whether this is a new file: no number was ever given out.
+    pub(crate) fn is_new(&self) -> bool {
+        self.state.reserved == 0
     }
 
     /// A number that was never given out before and has no name.

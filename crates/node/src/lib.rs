@@ -14,6 +14,7 @@ pub mod dns;
 mod error;
 mod explain;
 mod flows;
+mod health;
 mod http;
 mod ids;
 mod local_dns;

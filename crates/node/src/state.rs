@@ -104,6 +104,16 @@ pub(crate) struct Changes {
 }
 
 impl Changes {
+    /// Takes other changes in.
+    pub(crate) fn add(&mut self, other: Self) {
+        self.services.extend(other.services);
+        for (service, members) in other.members {
+            self.members.entry(service).or_default().extend(members);
+        }
+        self.workloads.extend(other.workloads);
+        self.policies |= other.policies;
+    }
+
     fn member(&mut self, service: &str, workload: &str) {
         // Looked up before it is copied: most changes are of one service.
         match self.members.get_mut(service) {

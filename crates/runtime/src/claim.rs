@@ -1,7 +1,7 @@
 //! The claim of one `heddle up` on its mesh: the lock, a clean start, the guardian, a clean end.
 
 use std::{
-    fs,
+    fs::{self, File},
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
 };
@@ -21,6 +21,9 @@ pub struct Claim {
     layout: Layout,
     lock: Lock,
     guardian: Guardian,
+    /// The pins of all nodes, and with them the policy in force, live as long as this is open, even if someone
+    /// unmounts the bpffs.
+    bpf: Option<File>,
 }
 
 impl Claim {
@@ -35,12 +38,15 @@ impl Claim {
         checked(layout, &cleanup::clean_mesh(&layout.remains()))?;
         let guardian = Guardian::start(executable, &layout.remains(), lock.path(), lock.share()?)
             .map_err(|error| Error::Container(error.to_string()))?;
-        let claim = Self {
+        let mut claim = Self {
             layout: layout.clone(),
             lock,
             guardian,
+            bpf: None,
         };
         claim.furnish()?;
+        let bpf = layout.bpf_mount();
+        claim.bpf = Some(File::open(&bpf).during(|| format!("open {}", bpf.display()))?);
         Ok(claim)
     }
 
@@ -49,6 +55,7 @@ impl Claim {
     /// # Errors
     /// [`Error::NotClean`]; the guardian then tries once more.
     pub fn release(self) -> Result<(), Error> {
+        drop(self.bpf);
         checked(&self.layout, &cleanup::clean_mesh(&self.layout.remains()))?;
         self.guardian
             .finish()

@@ -63,6 +63,8 @@ pub struct RuntimeConfig {
     pub executable: PathBuf,
     /// Name servers for names outside the mesh (`ADDRESS` or `ADDRESS:PORT`); empty for the machine's own.
     pub dns_upstream: Vec<String>,
+    /// Room in the kernel's maps, on every node.
+    pub maps: api::map_sizes::MapSizes,
     /// How long a pod that is to stop goes on serving, while the mesh learns to send it no more connections.
     pub drain: Duration,
 }

@@ -29,6 +29,7 @@ pub(super) fn print(status: &MeshStatus) {
     print_workloads(status);
     println!();
     print_nodes(status);
+    print_maps(status);
     for published in &status.published {
         println!(
             "published: localhost:{} -> {}",
@@ -74,6 +75,25 @@ fn print_workloads(status: &MeshStatus) {
         ]);
     }
     output::print(&table);
+}
+
+/// One line per node: NAME used/room. What cannot be counted has no number before the stroke.
+fn print_maps(status: &MeshStatus) {
+    for node in &status.nodes {
+        let Some(agent) = &node.status else { continue };
+        let maps: Vec<String> = agent
+            .maps
+            .iter()
+            .filter_map(|map| {
+                let capacity = map.capacity?;
+                let entries = map
+                    .entries
+                    .map_or("-".into(), |entries| entries.to_string());
+                Some(format!("{} {entries}/{capacity}", map.map))
+            })
+            .collect();
+        println!("maps of {}: {}", node.node, maps.join(", "));
+    }
 }
 
 fn print_nodes(status: &MeshStatus) {

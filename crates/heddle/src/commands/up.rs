@@ -14,6 +14,7 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use api::{
+    map_sizes::MapSizes,
     mesh::MeshConfig,
     pod::{PodStatus, Protocol},
 };
@@ -92,6 +93,8 @@ async fn serve(
         name: args.common.mesh.clone(),
         ..MeshConfig::default()
     };
+    let mut maps = MapSizes::default();
+    maps.set(&args.map_size);
     let nodes: Vec<String> = (1..=args.nodes)
         .map(|index| format!("node-{index}"))
         .collect();
@@ -109,6 +112,7 @@ async fn serve(
         nodes: nodes.clone(),
         executable,
         dns_upstream: args.dns_upstream.clone(),
+        maps,
         drain: DRAIN,
     })
     .await?;

@@ -1,6 +1,12 @@
 //! Puts together what control, runtime and agents say of the mesh.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::{Read as _, Seek as _, SeekFrom},
+    path::Path,
+    time::Duration,
+};
 
 use api::{
     pod::{PodPhase, PodStatus},
@@ -14,6 +20,9 @@ use crate::client;
 
 /// An agent that has not answered by then is away.
 const AGENT_PATIENCE: Duration = Duration::from_secs(2);
+
+/// How far from the end of its log an agent's last words are looked for: what the verifier says can be long.
+const LAST_WORDS_WITHIN: u64 = 256 << 10;
 
 /// The whole picture.
 pub(super) async fn of(mesh: &Mesh) -> MeshStatus {
@@ -132,10 +141,28 @@ fn away(mesh: &Mesh, node: &str, error: &str) -> String {
         .agent(node)
         .ok()
         .map(|state| state.borrow().clone());
-    match state.and_then(|state| state.message) {
-        Some(message) => format!("{message} ({error}); see `heddle logs node/{node}`"),
-        None => format!("{error}; see `heddle logs node/{node}`"),
+    let ended = state.and_then(|state| state.message);
+    match (ended, last_words(&mesh.layout.agent_log(node))) {
+        (Some(message), Some(words)) => {
+            format!("{message}: {words}; see `heddle logs node/{node}`")
+        }
+        (Some(message), None) => format!("{message} ({error}); see `heddle logs node/{node}`"),
+        (None, _) => format!("{error}; see `heddle logs node/{node}`"),
     }
+}
+
+/// What an agent that could not go on said at its end.
+fn last_words(log: &Path) -> Option<String> {
+    let mut file = File::open(log).ok()?;
+    let length = file.metadata().ok()?.len();
+    file.seek(SeekFrom::Start(length.saturating_sub(LAST_WORDS_WITHIN)))
+        .ok()?;
+    let mut end = Vec::new();
+    file.take(LAST_WORDS_WITHIN).read_to_end(&mut end).ok()?;
+    let end = String::from_utf8_lossy(&end);
+    // As `main` prints an error.
+    let line = end.lines().rfind(|line| line.starts_with("heddle: "))?;
+    Some(line.trim_start_matches("heddle: ").to_owned())
 }
 
 fn published(mesh: &Mesh) -> Vec<PublishedEntry> {

@@ -185,11 +185,20 @@ impl Services {
         };
         let mine: HashSet<Address> = keys.iter().map(|key| key.address).collect();
         let before = self.marked.remove(name).unwrap_or_default();
+        let mut failure = None;
+        let mut marked: HashSet<Address> = mine.intersection(&before).copied().collect();
         for address in mine.difference(&before) {
-            *self.owners.entry(*address).or_default() += 1;
-            tables
+            match tables
                 .services
-                .set(marker(*address), ServiceEntry::default())?;
+                .set(marker(*address), ServiceEntry::default())
+            {
+                Ok(_) => {
+                    *self.owners.entry(*address).or_default() += 1;
+                    marked.insert(*address);
+                }
+                // Tried again; until then the address is no one's, and what is sent there is refused all the same.
+                Err(error) => failure = failure.or(Some(error)),
+            }
         }
         for address in before.difference(&mine) {
             let owners = self.owners.entry(*address).or_default();
@@ -199,10 +208,10 @@ impl Services {
                 tables.services.remove(&marker(*address))?;
             }
         }
-        if !mine.is_empty() {
-            self.marked.insert(name.to_owned(), mine);
+        if !marked.is_empty() {
+            self.marked.insert(name.to_owned(), marked);
         }
-        Ok(())
+        failure.map_or(Ok(()), Err)
     }
 }
 

@@ -56,6 +56,7 @@ impl NodeRuntime {
                 state_dir: layout.state_dir(node),
                 cgroup: cgroup.path().into(),
                 dns_upstream: config.dns_upstream.clone(),
+                maps: config.maps.clone(),
             },
             config_path: layout.agent_config(node),
             netns: network.netns().clone(),

@@ -47,6 +47,7 @@ impl Mesh {
             nodes: (1..=nodes).map(|number| format!("node-{number}")).collect(),
             executable: "/proc/self/exe".into(),
             dns_upstream: Vec::new(),
+            maps: api::map_sizes::MapSizes::default(),
             drain: Duration::from_millis(50),
         };
         let runtime = tokio.block_on(Runtime::start(config)).unwrap();

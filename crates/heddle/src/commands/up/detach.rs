@@ -51,6 +51,9 @@ fn spawn(args: &UpArgs, log: &Path) -> anyhow::Result<Child> {
     for server in &args.dns_upstream {
         command.args(["--dns-upstream", server]);
     }
+    for size in &args.map_size {
+        command.args(["--map-size", &size.to_string()]);
+    }
     // A terminal's Ctrl-C and hang-up are for who runs in it, and descriptors (a lock, the end of a pipe) for who
     // opened them: the mesh must not hold them for as long as it runs.
     Placement::new().apply(&mut command);

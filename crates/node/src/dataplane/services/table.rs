@@ -232,6 +232,7 @@ impl Table {
                 let id = ids.fresh().map_err(|_| KernelError::Full {
                     table: "endpoint numbers",
                     capacity: u32::MAX,
+                    setting: "endpoints",
                 })?;
                 made.insert(*target, id);
             }
