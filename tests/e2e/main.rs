@@ -6,6 +6,7 @@
 
 mod containment;
 mod datagrams;
+mod fail_closed;
 mod harness;
 mod input;
 mod life;
