@@ -97,6 +97,8 @@ fn measure(arguments: &ClientArguments) -> anyhow::Result<Measurement> {
         .filter(|duration| !duration.is_zero())
         .context("--seconds must be more than 0")?;
     affinity::pin(arguments.cpu)?;
+    // As the server does: in a session of its own on every side, or the sides are scheduled differently.
+    let _ = nix::unistd::setsid();
     let target = resolve(&arguments.connect)?;
     match arguments.mode {
         Mode::Pingpong => ping_pong(target, arguments.size, duration),

@@ -1,4 +1,4 @@
-//! Figures out of rounds: medians of both sides, their ratio with its spread, and whether the aim is met.
+//! Figures out of rounds: medians of all sides, the ratio of the last two with its spread, and whether the aim is met.
 //!
 //! A ratio is formed within each round and the median taken of those, so that a machine that is slow for
 //! some rounds is slow on both sides of the division.
@@ -21,7 +21,7 @@ fn aim(metric: Metric) -> Aim {
     }
 }
 
-/// The ratio (mesh to plain TCP) that Heddle aims at.
+/// The ratio (mesh to plain TCP that is contained alike) that Heddle aims at.
 #[derive(Debug, Clone, Copy)]
 enum Aim {
     AtMost(f64),
