@@ -2,6 +2,7 @@
 //!
 //! - [`server`] and [`client`] are the two ends of a measurement: small, blocking programs on the
 //!   standard library's sockets, so that the figures are the kernel's and not a runtime's.
+//! - [`stress`] asks no figures, but whether every byte is right.
 //! - [`direct`] runs the two on the direct path and on plain TCP in turn, and compares.
 //! - [`scale`] runs them on the direct path under small and large loads, and times how changes travel.
 //! - [`scenario`] is what those two measure.
@@ -17,6 +18,7 @@ mod samples;
 mod scale;
 mod scenario;
 mod server;
+mod stress;
 
 use clap::{Parser, Subcommand};
 
@@ -38,6 +40,10 @@ enum Command {
     Direct(direct::DirectArguments),
     /// Compares the direct path under small and large loads, and times how changes reach the kernel.
     DirectScale(scale::ScaleArguments),
+    /// The serving end of a stress run: follows each connection's plan, and checks every byte.
+    StressServer(stress::StressServerArguments),
+    /// Makes many connections of all kinds, checks every byte both ways, and prints the account as a line of JSON.
+    Stress(stress::StressArguments),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -46,5 +52,7 @@ fn main() -> anyhow::Result<()> {
         Command::Client(arguments) => client::run(&arguments),
         Command::Direct(arguments) => direct::run(&arguments),
         Command::DirectScale(arguments) => scale::run(&arguments),
+        Command::StressServer(arguments) => stress::serve(&arguments),
+        Command::Stress(arguments) => stress::run(&arguments),
     }
 }
