@@ -56,6 +56,8 @@ pub enum FromAgent {
         /// Why, for the workload's status.
         error: String,
     },
+    /// Everything is known and in the kernel: this agent has taken over. Comes once, after all that was ready then.
+    TakenOver,
     /// Keep the one fd sent along under this name, replacing an earlier one.
     StoreFd {
         /// Name, unique within the node: `dns-udp/NAMESPACE/POD`.

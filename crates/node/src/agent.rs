@@ -367,7 +367,8 @@ impl Agent {
         let changes = std::mem::take(&mut self.pending);
         self.dataplane.apply(&self.state, &changes);
         self.dns.update(&self.state, &changes);
-        if !*self.settled.borrow() {
+        let takes_over = !*self.settled.borrow();
+        if takes_over {
             self.dataplane.reconcile()?;
             self.dns.forget_unclaimed(&self.starter).await?;
             self.dataplane.kernel.attach()?;
@@ -392,6 +393,9 @@ impl Agent {
             self.starter
                 .send(&FromAgent::WorkloadReady { uid }, &[])
                 .await?;
+        }
+        if takes_over {
+            self.starter.send(&FromAgent::TakenOver, &[]).await?;
         }
         Ok(())
     }

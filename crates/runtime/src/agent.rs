@@ -1,7 +1,8 @@
 //! The node agent as a process: started in its node's namespace and cgroup, and again when it dies.
 //!
 //! Its death stops no workload: what it attached to the kernel stays, and its descriptors are kept
-//! (`enroll`). So it is simply started again, at once the first time.
+//! (`enroll`). So it is simply started again: at once if it had taken over, after a growing wait if it
+//! died before that.
 
 use std::{
     fs,
@@ -53,6 +54,8 @@ pub(crate) struct AgentSpec {
     pub(crate) netns: Netns,
     pub(crate) cgroup: Cgroup,
     pub(crate) log: Log,
+    /// Process id of the agent that has everything in force ([`crate::enroll::EnrollServer::taken_over`]).
+    pub(crate) taken_over: watch::Receiver<Option<i32>>,
 }
 
 /// Keeps one agent running.
@@ -109,9 +112,11 @@ async fn keep(
     let mut backoff = Backoff::new(FIRST_WAIT, LONGEST_WAIT, STABLE_RUN);
     loop {
         let started = Instant::now();
+        let mut pid = None;
         let message = match spawn(&spec).await {
             Ok(mut child) => {
-                state.send_modify(|state| state.pid = child.id());
+                pid = child.id();
+                state.send_modify(|state| state.pid = pid);
                 tokio::select! {
                     status = child.wait() => match status {
                         Ok(status) => format!("ended with {status}"),
@@ -122,7 +127,16 @@ async fn keep(
             }
             Err(error) => error.to_string(),
         };
-        let wait = backoff.after(started.elapsed());
+        let took_over = pid.is_some_and(|pid| {
+            i32::try_from(pid).is_ok_and(|pid| *spec.taken_over.borrow() == Some(pid))
+        });
+        // An agent that worked is missed; one that never did would only fail again.
+        let wait = if took_over {
+            backoff.reset();
+            Duration::ZERO
+        } else {
+            backoff.after(started.elapsed())
+        };
         tracing::warn!(node, message, ?wait, log = %spec.log.path().display(), "node agent is started again");
         state.send_modify(|state| {
             state.pid = None;

@@ -30,6 +30,11 @@ impl Backoff {
         self.next = (wait * 2).min(self.longest);
         wait
     }
+
+    /// The run did what it was for: the next wait is the first again.
+    pub(crate) fn reset(&mut self) {
+        self.next = self.first;
+    }
 }
 
 #[cfg(test)]
@@ -44,5 +49,7 @@ mod tests {
             .map(|ran| backoff.after(seconds(ran)).as_secs())
             .into();
         assert_eq!(waits, [1, 2, 4, 5, 1, 2]);
+        backoff.reset();
+        assert_eq!(backoff.after(seconds(0)), seconds(1));
     }
 }

@@ -46,6 +46,7 @@ pub struct EnrollServer {
     resolver: Netns,
     state: Mutex<State>,
     connected: watch::Sender<bool>,
+    taken_over: watch::Sender<Option<i32>>,
     accepting: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -91,6 +92,7 @@ impl EnrollServer {
             resolver,
             state: Mutex::new(State::default()),
             connected: watch::Sender::new(false),
+            taken_over: watch::Sender::new(None),
             accepting: Mutex::new(None),
         });
         let accepting = tokio::spawn(accept(Arc::downgrade(&server), listener));
@@ -134,6 +136,12 @@ impl EnrollServer {
         self.connected.subscribe()
     }
 
+    /// The process id of the agent that took over last.
+    #[must_use]
+    pub fn taken_over(&self) -> watch::Receiver<Option<i32>> {
+        self.taken_over.subscribe()
+    }
+
     /// How many descriptors are kept.
     #[must_use]
     pub fn stored(&self) -> usize {
@@ -170,7 +178,7 @@ impl EnrollServer {
                     None => return Ok(()),
                 },
                 said = stream.recv::<FromAgent>() => match said? {
-                    Some((message, descriptors)) => self.hear(message, descriptors),
+                    Some((message, descriptors)) => self.hear(peer.pid, message, descriptors),
                     None => return Ok(()),
                 },
             }
@@ -208,10 +216,11 @@ impl EnrollServer {
         (snapshot, receiver)
     }
 
-    fn hear(&self, message: FromAgent, mut descriptors: Vec<OwnedFd>) {
+    fn hear(&self, pid: i32, message: FromAgent, mut descriptors: Vec<OwnedFd>) {
         let mut state = lock(&self.state);
         match message {
             FromAgent::Hello { .. } => {}
+            FromAgent::TakenOver => drop(self.taken_over.send_replace(Some(pid))),
             FromAgent::WorkloadReady { uid } => state.enrolled(&uid, Enrolment::Ready),
             FromAgent::WorkloadRefused { uid, error } => {
                 state.enrolled(&uid, Enrolment::Refused(error));
@@ -404,6 +413,14 @@ mod tests {
         agent.send(&refused, &[]).await.unwrap();
         second
             .wait_for(|said| *said == Enrolment::Refused("no policy".into()))
+            .await
+            .unwrap();
+        let mut taken_over = server.taken_over();
+        assert_eq!(*taken_over.borrow(), None);
+        agent.send(&FromAgent::TakenOver, &[]).await.unwrap();
+        let own = i32::try_from(std::process::id()).unwrap();
+        taken_over
+            .wait_for(|agent| *agent == Some(own))
             .await
             .unwrap();
         drop((agent, writer));

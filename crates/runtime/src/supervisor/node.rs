@@ -62,6 +62,7 @@ impl NodeRuntime {
             netns: network.netns().clone(),
             cgroup: cgroup.child("agent")?,
             log: Log::open(layout.agent_log(node))?,
+            taken_over: enroll.taken_over(),
         })?;
         Ok(Self {
             network: Arc::clone(network),

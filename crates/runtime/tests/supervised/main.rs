@@ -181,26 +181,35 @@ fn probes_decide() {
     mesh.end();
 }
 
+const KILLS: u32 = 9;
+
 fn agents_may_die() {
     let mesh = Mesh::start(1);
     mesh.sync(vec![shell("shop", "old-0", "node-1", "sleep 1000")]);
     mesh.until("shop/old-0", |status| status.ready);
     let pid = mesh.pid("shop/old-0");
-    let agent = mesh
-        .runtime()
-        .agent("node-1")
-        .unwrap()
-        .borrow()
-        .pid
-        .unwrap();
-    PidFd::open(agent).unwrap().signal(Signal::SIGKILL).unwrap();
-    let both = || ["old-0", "new-0"].map(|name| shell("shop", name, "node-1", "sleep 1000"));
-    mesh.sync(both().into());
-    mesh.until("shop/new-0", |status| status.ready);
-    assert_eq!(mesh.pid("shop/old-0"), pid);
-    let state = mesh.runtime().agent("node-1").unwrap().borrow().clone();
-    assert_ne!(state.pid, Some(agent));
-    assert_eq!(state.restarts, 1);
+    let state = || mesh.runtime().agent("node-1").unwrap().borrow().clone();
+    let mut pods = vec![shell("shop", "old-0", "node-1", "sleep 1000")];
+    let start = Instant::now();
+    for round in 0..KILLS {
+        let agent = state().pid.unwrap();
+        PidFd::open(agent).unwrap().signal(Signal::SIGKILL).unwrap();
+        pods.push(shell(
+            "shop",
+            &format!("new-{round}"),
+            "node-1",
+            "sleep 1000",
+        ));
+        mesh.sync(pods.clone());
+        // It is not ready before an agent that has heard of everything has heard of it, too.
+        mesh.until(&format!("shop/new-{round}"), |status| status.ready);
+        assert_eq!(mesh.pid("shop/old-0"), pid);
+        assert_ne!(state().pid, Some(agent));
+        assert_eq!(state().restarts, round + 1);
+    }
+    // Waits that double from 50 ms would come to this; who had taken over is started again at once.
+    let doubling = Duration::from_millis(50) * (2u32.pow(KILLS) - 1);
+    assert!(start.elapsed() < doubling / 2, "{:?}", start.elapsed());
     mesh.end();
 }
 

@@ -62,8 +62,13 @@ async fn agent(config: &Path) {
     let hello = FromAgent::Hello { node: config.node };
     stream.send(&hello, &[]).await.unwrap();
     while let Ok(Some((message, descriptors))) = stream.recv::<ToAgent>().await {
-        let ToAgent::WorkloadAdded(workload) = message else {
-            continue;
+        let workload = match message {
+            ToAgent::WorkloadAdded(workload) => workload,
+            ToAgent::SnapshotDone => {
+                stream.send(&FromAgent::TakenOver, &[]).await.unwrap();
+                continue;
+            }
+            _ => continue,
         };
         assert_eq!(descriptors.len(), 1);
         assert!(workload.cgroup.starts_with(&config.cgroup));
