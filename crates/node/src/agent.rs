@@ -371,6 +371,7 @@ impl Agent {
         if takes_over {
             self.dataplane.reconcile()?;
             self.dns.forget_unclaimed(&self.starter).await?;
+            self.dns.open()?;
             self.dataplane.kernel.attach()?;
             self.settled.send_replace(true);
             tracing::info!(

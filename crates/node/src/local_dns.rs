@@ -34,12 +34,21 @@ pub(crate) struct LocalDns {
     server: DnsServer,
     serving: HashMap<String, Serving>,
     stored: HashMap<String, OwnedFd>,
+    /// Whether the zone is complete. Until then questions wait in the sockets: an answer from half a zone would be wrong.
+    open: bool,
 }
 
 struct Serving {
     instance: String,
     stored_names: Vec<String>,
-    _handle: DnsHandle,
+    answers: Answers,
+}
+
+/// A workload's service, and what it takes to begin it.
+enum Answers {
+    Waiting(WorkloadDns, DnsSockets),
+    Given { _handle: DnsHandle },
+    Ended,
 }
 
 impl LocalDns {
@@ -77,7 +86,23 @@ impl LocalDns {
             server,
             serving: HashMap::new(),
             stored: HashMap::new(),
+            open: false,
         })
+    }
+
+    /// The zone is complete: answers are given from now on.
+    pub(crate) fn open(&mut self) -> Result<(), NodeError> {
+        self.open = true;
+        for serving in self.serving.values_mut() {
+            let before = std::mem::replace(&mut serving.answers, Answers::Ended);
+            serving.answers = match before {
+                Answers::Waiting(identity, sockets) => Answers::Given {
+                    _handle: self.server.serve(&identity, sockets)?,
+                },
+                other => other,
+            };
+        }
+        Ok(())
     }
 
     /// Takes back a socket that an earlier agent stored.
@@ -128,10 +153,17 @@ impl LocalDns {
             namespace: workload.namespace.clone(),
             workload: workload.workload.clone(),
         };
+        let answers = if self.open {
+            Answers::Given {
+                _handle: self.server.serve(&identity, sockets)?,
+            }
+        } else {
+            Answers::Waiting(identity, sockets)
+        };
         let serving = Serving {
             instance: workload.instance.clone(),
             stored_names,
-            _handle: self.server.serve(&identity, sockets)?,
+            answers,
         };
         self.serving.insert(workload.uid.clone(), serving);
         Ok(())
