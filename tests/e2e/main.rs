@@ -9,6 +9,7 @@ mod datagrams;
 mod fail_closed;
 mod harness;
 mod input;
+mod late;
 mod life;
 mod names;
 mod nodes;

@@ -20,6 +20,10 @@
 /* The identity id of peers that nobody vouches for. */
 #define SOURCE_ANONYMOUS 0
 
+/* RFC 9293, 3.1 */
+#define TCP_FLAGS_OFFSET 13
+#define TCP_FLAG_SYN_BIT 2
+
 /* Also the length of the headers up to the transport's. */
 static __always_inline int packet_tuple(struct __sk_buff *skb, struct tuple *t, __u8 *protocol,
 					__u32 *headers)
@@ -171,6 +175,23 @@ static __always_inline int datagram_in(struct __sk_buff *skb, struct bpf_sock *s
 	return admit_datagram(t, state, bytes);
 }
 
+/* A segment at a listener from a workload of this node, whose connection is gone: the kernel answers it with a reset.
+ * Were it dropped instead, a peer that missed the first reset would wait for ever. It opens nothing: that takes a SYN,
+ * or a forged cookie, which accept_grant() leaves without admission. */
+static __always_inline int is_late(struct __sk_buff *skb, struct bpf_sock *socket,
+				   const struct tuple *t, __u32 headers)
+{
+	struct address_entry *known;
+	__u8 flags;
+
+	if (socket->state != BPF_TCP_LISTEN ||
+	    bpf_skb_load_bytes(skb, headers + TCP_FLAGS_OFFSET, &flags, sizeof(flags)) ||
+	    (flags & TCP_FLAG_SYN_BIT))
+		return 0;
+	known = bpf_map_lookup_elem(&addresses, &t->source);
+	return known && (known->flags & ADDRESS_LOCAL);
+}
+
 /* A socket that no sock_create saw (it was made before the programs were attached). */
 static __always_inline struct socket_state *late_state(struct bpf_sock *socket)
 {
@@ -221,6 +242,8 @@ int heddle_ingress(struct __sk_buff *skb)
 	if (protocol == IPPROTO_UDP)
 		return datagram_in(skb, socket, &t, state, headers);
 	grant = find_grant(&t, &carried);
+	if (!grant && is_late(skb, socket, &t, headers))
+		return 1;
 	if (!grant)
 		return admit_anonymous(&t, protocol, state);
 	OPAQUE(grant);

@@ -101,6 +101,7 @@ static __always_inline void report(struct bpf_sock_ops *ops, struct socket_state
 static __always_inline void accept_grant(struct bpf_sock_ops *ops, struct socket_state *state)
 {
 	struct grant carried = {}, *grant;
+	struct address_entry *known;
 	struct tuple t = {};
 
 	/* The state is a copy of the listener's: nothing of the connection is in it yet. */
@@ -116,6 +117,13 @@ static __always_inline void accept_grant(struct bpf_sock_ops *ops, struct socket
 		OPAQUE(grant);
 		state->grant = *grant;
 		forget_grant(&t);
+		return;
+	}
+	known = bpf_map_lookup_elem(&addresses, &t.source);
+	if (known && (known->flags & ADDRESS_LOCAL)) {
+		/* No handshake of this node's workloads gets here. Nothing that it sends is let in. */
+		state->flags = SOCKET_ESTABLISHED;
+		count(REASON_PEER_NOT_ATTESTED);
 		return;
 	}
 	/* Admitted at ingress without a grant: an anonymous peer. This side makes the flow record. */

@@ -88,7 +88,11 @@ def spoof(family, source, host, port):
 
 
 def loop(host, port):
-    """Connects again and again until standard input ends, and at least once after that."""
+    """Connects again and again until standard input ends, and at least once after that.
+
+    A name whose question went down with a name server is asked for again, as often as it takes.
+    """
+    os.environ["RES_OPTIONS"] = "timeout:1 attempts:10"
     ended = threading.Event()
     threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
     total, errors = 0, {}
@@ -113,6 +117,62 @@ def hold(host, port):
         stream.write(line.encode())
         stream.flush()
         say(stream.readline().decode())
+
+
+def first(denied, allowed, port):
+    """As the very first thing, calls one who may not be called and one who may, until that one answers; then stays."""
+    errors, tries, until = [], 0, time.monotonic() + 20
+    while time.monotonic() < until:
+        tries += 1
+        errors.append(attempt("any", denied, int(port))["error"])
+        last = attempt("any", allowed, int(port))["error"]
+        if last is None:
+            break
+    errors = sorted({str(error) for error in errors})
+    say({"round": os.environ["ROUND"], "denied": errors, "allowed": last, "tries": tries})
+    threading.Event().wait()
+
+
+def vanish(port):
+    """Takes a connection, closes it, and says so when nothing of it is left in the kernel."""
+    address = ("::", int(port))
+    with socket.create_server(address, family=socket.AF_INET6, dualstack_ipv6=True) as server:
+        server.settimeout(PATIENCE)
+        say("listening")
+        sock, peer = server.accept()
+        # After a second, the kernel forgets it without a word.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_LINGER2, 1)
+        sock.close()
+        until = time.monotonic() + 20
+        while is_there(int(port), peer[1]) and time.monotonic() < until:
+            time.sleep(0.02)
+        say("still there" if is_there(int(port), peer[1]) else "gone")
+        sys.stdin.read()
+
+
+def is_there(local, remote):
+    """Whether the kernel knows a connection between these ports."""
+    with open("/proc/net/tcp6") as table:
+        pairs = [[int(end.split(":")[1], 16) for end in line.split()[1:3]] for line in list(table)[1:]]
+    return [local, remote] in pairs
+
+
+def late(host, port):
+    """Connects, waits for the end, and sends when a line comes in; prints how that ended."""
+    family, address = target("4", host, int(port))
+    with socket.create_connection(address[:2], PATIENCE) as sock:
+        say(sock.recv(1).decode())
+        sys.stdin.readline()
+        started = time.monotonic()
+        say(errno_of(lambda: send_until_refused(sock)))
+        say((time.monotonic() - started) * 1000)
+
+
+def send_until_refused(sock):
+    until = time.monotonic() + 20
+    while time.monotonic() < until:
+        sock.sendall(b"late")
+        time.sleep(0.01)
 
 
 # --- Datagrams -------------------------------------------------------------------------------------
@@ -400,7 +460,7 @@ def greet_all(sock, accepted):
 
 
 COMMANDS = [
-    connect, spoof, loop, hold, resolve, dns,
+    connect, spoof, loop, hold, first, vanish, late, resolve, dns,
     ask_datagrams, hold_datagrams, ask_many_ports, serve_connected, datagram_from,
     make_socket, datagram, fast_open, link_local, datagrams, call, relisten,
 ]  # fmt: skip
