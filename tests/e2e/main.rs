@@ -18,4 +18,5 @@ mod policy;
 mod publish;
 mod restarts;
 mod services;
+mod starts;
 mod workloads;

@@ -1,19 +1,34 @@
 //! The node agent may stop, be killed, and come back: connections follow the last policy all the while.
 
-use std::collections::BTreeSet;
+use std::{
+    collections::BTreeSet,
+    net::{SocketAddr, TcpStream},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
 
+use api::report::NodeStatus;
 use linux::pidfd::PidFd;
 use nix::sys::signal::Signal;
 
 use crate::harness::{
-    EDIT_PATIENCE, Mesh, PATIENCE,
+    EDIT_PATIENCE, Mesh,
     objects::{allow, client, namespace, policy, server, service},
+    probe::{Held, RequestLoop},
     until,
 };
 
 const FILE: &str = "policy.yaml";
 const REFUSED: &str = "ECONNREFUSED";
-const ROUNDS: u32 = 5;
+const KILLS: u32 = 100;
+/// Workloads of the mesh under load.
+const ENROLLED: usize = 4;
+/// How long the stranger waits for an answer that must not come.
+const SILENCE: Duration = Duration::from_millis(20);
 
 #[test]
 fn connections_do_not_need_the_agent() {
@@ -43,26 +58,7 @@ fn connections_do_not_need_the_agent() {
     mesh.connect("bob", &web, 80).failed(REFUSED);
     agent.signal(Signal::SIGCONT).unwrap();
 
-    let attached = programs(&mesh);
-    let allowed = mesh.request_loop("alice", &web, 80);
-    let denied = mesh.request_loop("bob", &web, 80);
-    for round in 0..ROUNDS {
-        kill_the_agent(&mesh);
-        held.exchange(&format!("round {round}"));
-        mesh.connect("alice", &web, 80).greeting();
-        mesh.connect("bob", &web, 80).failed(REFUSED);
-        until("names resolve again", PATIENCE, || {
-            let resolved = mesh.resolve("alice", "web");
-            if resolved.addresses.contains(&web) {
-                Ok(())
-            } else {
-                Err(format!("{resolved:?}"))
-            }
-        });
-        assert_eq!(programs(&mesh), attached, "round {round}");
-    }
-    allowed.finish().all_succeeded();
-    denied.finish().all_failed(REFUSED);
+    killed_again_and_again(&mesh, &web, &mut held);
     one_try_is_one_refusal(&mesh);
 
     // The agent that came back follows edits: of policies, and of what runs.
@@ -78,21 +74,96 @@ fn connections_do_not_need_the_agent() {
     held.exchange("after");
 }
 
+/// Under load all the while: who may is never refused, who may not never gets in, and names resolve.
+fn killed_again_and_again(mesh: &Mesh, web: &str, held: &mut Held) {
+    let attached = programs(&mesh.node("node-1"));
+    let by_name = [
+        mesh.request_loop("alice", "web", 80),
+        mesh.request_loop("bob", "web", 80),
+    ];
+    let by_address = [
+        mesh.request_loop("alice", web, 80),
+        mesh.request_loop("bob", web, 80),
+    ];
+    let stranger = Stranger::start(mesh);
+    let mut waits = Vec::new();
+    for round in 0..KILLS {
+        let killed = Instant::now();
+        let node = kill_the_agent(mesh);
+        waits.push(killed.elapsed());
+        assert_eq!(programs(&node), attached, "round {round}");
+        held.exchange(&format!("round {round}"));
+    }
+    waits.sort();
+    eprintln!(
+        "from kill to taken over: median {:?}, longest {:?}",
+        waits[waits.len() / 2],
+        waits[waits.len() - 1]
+    );
+    for [allowed, denied] in [by_name, by_address].map(|loops| loops.map(RequestLoop::finish)) {
+        allowed.all_succeeded();
+        denied.all_failed(REFUSED);
+    }
+    stranger.never_got_in();
+}
+
 /// Kills it as a crash would, and waits for the next one to have taken over.
-fn kill_the_agent(mesh: &Mesh) {
+fn kill_the_agent(mesh: &Mesh) -> NodeStatus {
     let old = mesh.node("node-1").pid;
     PidFd::open(old).unwrap().signal(Signal::SIGKILL).unwrap();
-    mesh.until_status("another agent has taken over", |status| {
-        status.nodes[0]
-            .status
-            .as_ref()
-            .is_some_and(|agent| agent.pid != old && agent.synced && agent.enrolled.len() == 4)
+    let status = mesh.until_status("another agent has taken over", |status| {
+        status.nodes[0].status.as_ref().is_some_and(|agent| {
+            agent.pid != old && agent.synced && agent.enrolled.len() == ENROLLED
+        })
     });
+    status.nodes[0].status.clone().unwrap()
+}
+
+/// Somebody on the node's bridge who is no workload and knocks at every replica all the time.
+struct Stranger {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<(u64, u64)>,
+}
+
+impl Stranger {
+    fn start(mesh: &Mesh) -> Self {
+        let namespace = mesh.namespace_of_node("node-1");
+        let targets: Vec<SocketAddr> = ["shop/web-0", "shop/web-1"]
+            .iter()
+            .flat_map(|uid| mesh.addresses(uid))
+            .map(|address| (address, 8000).into())
+            .collect();
+        let stop = Arc::new(AtomicBool::new(false));
+        let thread = thread::spawn({
+            let stop = Arc::clone(&stop);
+            move || {
+                let knock = || {
+                    let (mut tried, mut got_in) = (0, 0);
+                    while !stop.load(Ordering::Relaxed) {
+                        for target in &targets {
+                            tried += 1;
+                            got_in +=
+                                u64::from(TcpStream::connect_timeout(target, SILENCE).is_ok());
+                        }
+                    }
+                    (tried, got_in)
+                };
+                namespace.run(knock).unwrap()
+            }
+        });
+        Self { stop, thread }
+    }
+
+    fn never_got_in(self) {
+        self.stop.store(true, Ordering::Relaxed);
+        let (tried, got_in) = self.thread.join().unwrap();
+        assert!(tried > 100 && got_in == 0, "{got_in} of {tried}");
+    }
 }
 
 /// What is attached where; nothing is attached twice.
-fn programs(mesh: &Mesh) -> BTreeSet<(String, String)> {
-    let programs = mesh.node("node-1").programs;
+fn programs(node: &NodeStatus) -> BTreeSet<(String, String)> {
+    let programs = &node.programs;
     let distinct: BTreeSet<_> = programs
         .iter()
         .map(|program| (program.program.clone(), program.target.clone()))

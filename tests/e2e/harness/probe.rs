@@ -136,8 +136,8 @@ impl Mesh {
     /// Opens one connection and keeps it.
     pub(crate) fn hold(&self, workload: &str, host: &str, port: u16) -> Held {
         let mut talk = self.talk(workload, "hold", &[host, &port.to_string()]);
-        let _: Greeting = talk.hear();
-        Held { talk }
+        let greeting = talk.hear();
+        Held { talk, greeting }
     }
 
     /// Starts a command of the probe's and talks with it.
@@ -196,6 +196,8 @@ impl LoopReport {
 /// One open connection.
 pub(crate) struct Held {
     talk: Talk,
+    /// What the server said of itself.
+    pub(crate) greeting: Greeting,
 }
 
 impl Held {
