@@ -6,6 +6,7 @@
 
 mod containment;
 mod datagrams;
+mod distribution;
 mod fail_closed;
 mod harness;
 mod input;
