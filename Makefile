@@ -3,7 +3,7 @@
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/heddle/target
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint fmt build install bench-direct bench-direct-scale
+.PHONY: help demo test lint fmt build install bench-direct bench-direct-scale soak-direct
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,3 +31,7 @@ bench-direct: install build ## Measure the kernel's direct path beside plain TCP
 
 bench-direct-scale: install build ## Measure the direct path and the agent under 10 to 10,000 services
 	$(CARGO_TARGET_DIR)/release/heddle-bench direct-scale
+
+soak-direct: install build ## Check every byte of millions of connections (SOAK_CONNECTIONS=3000000 in each mode)
+	SOAK_CONNECTIONS=$${SOAK_CONNECTIONS:-3000000} cargo nextest run --release --locked --profile soak -p e2e \
+		--no-capture -E 'test(/^stress::/)'

@@ -20,4 +20,5 @@ mod publish;
 mod restarts;
 mod services;
 mod starts;
+mod stress;
 mod workloads;
