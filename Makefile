@@ -32,6 +32,6 @@ bench-direct: install build ## Measure the kernel's direct path beside plain TCP
 bench-direct-scale: install build ## Measure the direct path and the agent under 10 to 10,000 services
 	$(CARGO_TARGET_DIR)/release/heddle-bench direct-scale
 
-soak-direct: install build ## Check every byte of millions of connections (SOAK_CONNECTIONS=3000000 in each mode)
+soak-direct: install build ## Check every byte of millions of connections (SOAK_CONNECTIONS=3000000)
 	SOAK_CONNECTIONS=$${SOAK_CONNECTIONS:-3000000} cargo nextest run --release --locked --profile soak -p e2e \
 		--no-capture -E 'test(/^stress::/)'
