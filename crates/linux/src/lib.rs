@@ -7,6 +7,7 @@
 //! - [`pidfd`]: signals that cannot hit a stranger who got the same process id.
 //! - [`readable`]: waiting for a descriptor of any kind.
 //! - [`mounts`]: what is mounted where.
+//! - [`sock_diag`]: the sockets of a network namespace, listed and ended.
 //!
 //! Nothing here knows of meshes, workloads or policies. The few unsafe calls are in the private module
 //! `sys` and in [`place`].
@@ -18,4 +19,5 @@ pub mod pidfd;
 pub mod place;
 pub mod readable;
 pub mod seqpacket;
+pub mod sock_diag;
 mod sys;
