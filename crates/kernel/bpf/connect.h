@@ -107,6 +107,22 @@ static __always_inline __u16 expect_answer(struct bpf_sock *socket, const struct
 	return REASON_NONE;
 }
 
+#define SOL_SOCKET 1
+#define SO_MARK 36
+
+/* Whoever lists the node's sockets to find those that must not go on is shown a TCP socket's storage, but not a datagram
+ * socket's. What is needed of a connected one's is its mark as well: programs in a workload cannot change it, no route
+ * looks at it, and packets lose it where they leave the workload. */
+static __always_inline int mark_datagrams(struct bpf_sock_addr *ctx, struct bpf_sock *socket,
+					  const struct decision *d, const struct grant *grant)
+{
+	__u32 mark = d->reply ? MARK_REPLIES : grant->service;
+
+	if (socket->mark == mark)
+		return 1;
+	return !bpf_setsockopt(ctx, SOL_SOCKET, SO_MARK, &mark, sizeof(mark));
+}
+
 /* Returns 1 with *d to apply, or 0 after having refused. *d holds the asked-for address on entry. */
 static __always_inline int route_socket(struct bpf_sock_addr *ctx, enum call call,
 					struct decision *d)
@@ -148,6 +164,11 @@ static __always_inline int route_socket(struct bpf_sock_addr *ctx, enum call cal
 	grant.start_ns = bpf_ktime_get_ns();
 	grant.reason = d->reason;
 	if (call == CALL_CONNECT) {
+		if (question.protocol == IPPROTO_UDP && !mark_datagrams(ctx, socket, d, &grant)) {
+			d->reason = REASON_STATE_FULL;
+			state->flags = 0;
+			return refuse_socket(ctx, state, d, &grant, question.protocol);
+		}
 		keep(state, d, &grant);
 		return 1;
 	}

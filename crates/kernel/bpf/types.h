@@ -207,6 +207,8 @@ struct test_counter {
 #define SOCKET_FIN_ACKED 32  /* TCP counts a SYN and a FIN as one byte each: these are not payload */
 #define SOCKET_FIN_RECEIVED 64
 #define SOCKET_REPLIES 128   /* a datagram server's, connected to a client that may call it */
+/* The mark of a connected datagram socket: the number of the service that it asked, or that it SOCKET_REPLIES. */
+#define MARK_REPLIES 0x80000000
 struct socket_state {
 #ifdef HEDDLE_TEST_LAYOUT
 	__u32 test_layout[3];

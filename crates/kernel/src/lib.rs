@@ -21,6 +21,7 @@ mod sys;
 mod table;
 mod types;
 mod usage;
+mod view;
 
 /// Room in the maps.
 pub use api::map_sizes::MapSizes;
@@ -37,10 +38,11 @@ pub use reason::Reason;
 pub use table::Table;
 pub use types::{
     Action, Address, AddressEntry, CaptureKey, CaptureKind, CgroupEntry, DatagramFlow, DeviceEntry,
-    EndpointEntry, FlowEvent, FlowKind, ServiceEntry, ServiceKey, SlotEntry, SlotKey, SocketClass,
-    Tuple, VerdictEntry, VerdictKey, WorkloadEntry,
+    EndpointEntry, FlowEvent, FlowKind, Grant, ServiceEntry, ServiceKey, SlotEntry, SlotKey,
+    SocketClass, SocketState, Tuple, VerdictEntry, VerdictKey, WorkloadEntry,
 };
 pub use usage::MapUse;
+pub use view::{KernelView, ServiceTargets, Targets};
 
 /// Identity id of peers that nobody vouches for (traffic from outside the mesh).
 pub const SOURCE_ANONYMOUS: u32 = 0;

@@ -11,6 +11,7 @@ use std::{
     io,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use api::map_sizes::MapSizes;
@@ -22,8 +23,8 @@ use aya::{
 
 use crate::{
     AddressEntry, AttachedProgram, CaptureKey, CgroupEntry, Datagrams, DeviceEntry, EndpointEntry,
-    FlowReader, KernelError, Reason, ServiceEntry, ServiceKey, SlotEntry, SlotKey, Table,
-    VerdictEntry, VerdictKey, WorkloadEntry, attach,
+    FlowReader, KernelError, KernelView, Reason, ServiceEntry, ServiceKey, SlotEntry, SlotKey,
+    Table, VerdictEntry, VerdictKey, WorkloadEntry, attach,
     btf::{Layout, Types},
     counters::Counters,
     events::EarlierRing,
@@ -78,6 +79,7 @@ pub struct Kernel {
     object: Ebpf,
     counters: Counters,
     places: Vec<Place>,
+    view: Arc<KernelView>,
     attached: Vec<AttachedProgram>,
 }
 
@@ -107,6 +109,12 @@ impl Kernel {
             drop(fs::remove_dir_all(staging));
         }
         outcome
+    }
+
+    /// The maps as the kernel has them at any moment, for readers outside of the agent's loop.
+    #[must_use]
+    pub fn view(&self) -> Arc<KernelView> {
+        Arc::clone(&self.view)
     }
 
     /// Whether an earlier agent left programs attached to this node.
@@ -253,6 +261,7 @@ fn open(
     let places = maps::places(&config.pin_dir, &config.sizes, &definitions)?;
     let mut object = load_object(&image, &places, Links::Earlier)?;
     migrate::fill(&places)?;
+    let view = Arc::new(KernelView::of(&object)?);
     let mut opener = Opener {
         object: &mut object,
         places: &places,
@@ -281,6 +290,7 @@ fn open(
         object,
         counters,
         places,
+        view,
         attached: Vec::new(),
     };
     Ok((

@@ -274,6 +274,44 @@ plain! {
         pub destination_port: u16,
     }
 
+    /// What the client's connect hook decided.
+    pub struct Grant {
+        /// CLOCK_MONOTONIC of the decision, nanoseconds.
+        pub start_ns: u64,
+        /// Address that the client asked for.
+        pub original: Address,
+        /// Workload id of the client, 0 for an anonymous one.
+        pub source_workload: u32,
+        /// Identity id of the client at that time.
+        pub source_identity: u32,
+        /// Workload id of the server, 0 if unknown.
+        pub destination_workload: u32,
+        /// Policy id that decided, 0 for none.
+        pub policy: u32,
+        /// Service id, 0 if an address was dialled.
+        pub service: u32,
+        /// Port that the client asked for.
+        pub original_port: u16,
+        /// [`crate::Reason`].
+        pub reason: u16,
+    }
+
+    /// What is kept in a socket.
+    pub struct SocketState {
+        /// Network namespace cookie.
+        pub netns: u64,
+        /// Workload id of the owner, 0 for the agent.
+        pub workload: u32,
+        /// [`SocketClass`].
+        pub socket_class: u32,
+        /// See the questions of [`SocketState`].
+        pub flags: u32,
+        /// When a refused datagram was last recorded, in units of 2^20 nanoseconds.
+        pub refused_at: u32,
+        /// The decision about the connection that it carries.
+        pub grant: Grant,
+    }
+
     /// What went between a client's and a server's datagram socket so far.
     pub struct DatagramFlow {
         /// CLOCK_MONOTONIC of the first datagram, nanoseconds.
@@ -363,6 +401,99 @@ impl AddressEntry {
     pub const LOCAL: u32 = 1;
 }
 
+impl ServiceKey {
+    /// [`ServiceKey::protocol`] of datagrams.
+    pub const UDP: u8 = 17;
+}
+
+impl SocketState {
+    const ADMITTED: u32 = 1;
+    const LOCAL: u32 = 2;
+    const CLIENT: u32 = 4;
+    const ESTABLISHED: u32 = 8;
+    const FIN_ACKED: u32 = 32;
+    const FIN_RECEIVED: u32 = 64;
+
+    const REPLIES: u32 = 128;
+    const MARK_REPLIES: u32 = 0x8000_0000;
+
+    /// What the connect hook keeps of a connected datagram socket, as far as the socket's mark tells it.
+    #[must_use]
+    pub fn of_datagrams(
+        owner: CgroupEntry,
+        stays_local: bool,
+        mark: u32,
+        mut grant: Grant,
+    ) -> Self {
+        let mut flags = Self::ADMITTED | Self::CLIENT;
+        if stays_local {
+            flags |= Self::LOCAL;
+        }
+        if mark == Self::MARK_REPLIES {
+            flags |= Self::REPLIES;
+        } else {
+            grant.service = mark;
+        }
+        Self {
+            workload: owner.workload,
+            socket_class: owner.socket_class,
+            flags,
+            grant,
+            ..Self::default()
+        }
+    }
+
+    /// It is a datagram server's, connected to a client that may ask it.
+    #[must_use]
+    pub fn is_reply(&self) -> bool {
+        self.flags & Self::REPLIES != 0
+    }
+
+    /// Reads a value of the sockets' storage; `None` if it is not of this shape.
+    #[must_use]
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        if bytes.len() != size_of::<Self>() {
+            return None;
+        }
+        // SAFETY: the length was checked, the struct is plain data, and read_unaligned asks for no
+        // alignment.
+        Some(unsafe { bytes.as_ptr().cast::<Self>().read_unaligned() })
+    }
+
+    /// A decision has let it in or out.
+    #[must_use]
+    pub fn is_admitted(&self) -> bool {
+        self.flags & Self::ADMITTED != 0
+    }
+
+    /// Its connection stays within one workload.
+    #[must_use]
+    pub fn is_local(&self) -> bool {
+        self.flags & Self::LOCAL != 0
+    }
+
+    /// It connected; the other side of a connection was accepted.
+    #[must_use]
+    pub fn is_client(&self) -> bool {
+        self.flags & Self::CLIENT != 0
+    }
+
+    /// The handshake has completed.
+    #[must_use]
+    pub fn is_established(&self) -> bool {
+        self.flags & Self::ESTABLISHED != 0
+    }
+
+    /// Payload bytes sent and received, from TCP's counters: these take a SYN and a FIN for one byte each.
+    #[must_use]
+    pub fn payload(&self, acked: u64, received: u64) -> (u64, u64) {
+        let without =
+            |bytes: u64, flag: u32| bytes.saturating_sub(u64::from(self.flags & flag != 0));
+        let sent = without(without(acked, Self::CLIENT), Self::FIN_ACKED);
+        (sent, without(received, Self::FIN_RECEIVED))
+    }
+}
+
 impl FlowEvent {
     const CLOSED: u8 = 1;
     const ESTABLISHED: u8 = 8;
@@ -445,6 +576,21 @@ mod tests {
             let address: IpAddr = text.parse().unwrap();
             assert_eq!(IpAddr::from(Address::from(address)), address);
         }
+    }
+
+    #[test]
+    fn a_syn_and_a_fin_are_no_payload() {
+        let state = |flags| SocketState {
+            flags,
+            ..SocketState::default()
+        };
+        let client = state(SocketState::CLIENT);
+        assert_eq!(client.payload(11, 20), (10, 20));
+        let closed = state(client.flags | SocketState::FIN_ACKED | SocketState::FIN_RECEIVED);
+        assert_eq!(closed.payload(12, 21), (10, 20));
+        assert_eq!(state(0).payload(11, 20), (11, 20));
+        assert_eq!(closed.payload(0, 0), (0, 0));
+        assert_eq!(SocketState::from_bytes(&[0; 3]), None);
     }
 
     /// Both declarations must agree: clang checks every size and offset that rustc computed.
@@ -564,6 +710,48 @@ mod tests {
             offset_of!(DatagramFlow, source_identity)
         )
         .unwrap();
+        check!(
+            "grant",
+            Grant {
+                start_ns,
+                original,
+                source_workload,
+                destination_workload,
+                policy,
+                service,
+                original_port,
+                reason
+            }
+        );
+        writeln!(
+            source,
+            "_Static_assert(__builtin_offsetof(struct grant, source) == {}, \"source_identity\");",
+            offset_of!(Grant, source_identity)
+        )
+        .unwrap();
+        check!(
+            "socket_state",
+            SocketState {
+                netns,
+                workload,
+                socket_class,
+                flags,
+                refused_at,
+                grant
+            }
+        );
+        for (name, flag) in [
+            ("SOCKET_ADMITTED", SocketState::ADMITTED),
+            ("SOCKET_LOCAL", SocketState::LOCAL),
+            ("SOCKET_CLIENT", SocketState::CLIENT),
+            ("SOCKET_ESTABLISHED", SocketState::ESTABLISHED),
+            ("SOCKET_FIN_ACKED", SocketState::FIN_ACKED),
+            ("SOCKET_FIN_RECEIVED", SocketState::FIN_RECEIVED),
+            ("SOCKET_REPLIES", SocketState::REPLIES),
+            ("MARK_REPLIES", SocketState::MARK_REPLIES),
+        ] {
+            writeln!(source, "_Static_assert({name} == {flag}, \"{name}\");").unwrap();
+        }
         check!(
             "datagram_flow",
             DatagramFlow {
