@@ -204,6 +204,7 @@ impl NodeNetwork {
         }
 
         let netns = new_namespace(NODE_SYSCTLS)?;
+        give_pods_tables_of_their_own(&netns)?;
         let links = Links::open(&netns)?;
         links.up(LOOPBACK_INDEX).await?;
         fabric
@@ -267,7 +268,8 @@ impl NodeNetwork {
         let host_ifindex = self.next_index.fetch_add(1, Ordering::Relaxed);
         let v4 = Ipv4Addr::from(u32::from(self.range_v4.network()) + u32::from(place));
         let v6 = Ipv6Addr::from(u128::from(self.range_v6.network()) + u128::from(place));
-        let netns = tokio::task::spawn_blocking(|| new_namespace(POD_SYSCTLS))
+        let node = self.netns.clone();
+        let netns = tokio::task::spawn_blocking(move || new_pod_namespace(&node))
             .await
             .map_err(|error| Error::Container(error.to_string()))??;
         let links = Links::open(&netns)?;
@@ -326,6 +328,58 @@ const NODE_SYSCTLS: &[(&str, &str)] = &[
 ];
 /// Programs bind port 80 without a capability: the namespace is theirs.
 const POD_SYSCTLS: &[(&str, &str)] = &[("ipv4/ip_unprivileged_port_start", "0")];
+
+/// Slots of the socket tables of a namespace made inside a node's, instead of a share in the machine's: who lists a
+/// pod's sockets walks through these, not through everybody's. Several connections share a slot if there are more
+/// (128 KiB per pod for TCP). Kernels before Linux 6.1 (TCP) and 6.3 (UDP) know of no such tables.
+const CHILD_SYSCTLS: &[(&str, &str)] = &[
+    ("ipv4/tcp_child_ehash_entries", "16384"),
+    ("ipv4/udp_child_hash_entries", "1024"),
+];
+
+fn give_pods_tables_of_their_own(node: &Netns) -> Result<(), Error> {
+    let failed = |what: String| move |source| Error::Io { what, source };
+    node.run(|| {
+        for (name, value) in CHILD_SYSCTLS {
+            let path = format!("/proc/sys/net/{name}");
+            match std::fs::write(&path, value) {
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                outcome => outcome.map_err(failed(format!("write {value} to {path}")))?,
+            }
+        }
+        Ok(())
+    })
+    .map_err(failed("enter a network namespace".into()))?
+}
+
+/// Limits that the kernel derives from the size of the table, which is no reason for them to be lower in a pod.
+const LIMITS: &[&str] = &["ipv4/tcp_max_tw_buckets", "ipv4/tcp_max_syn_backlog"];
+
+/// A pod's namespace, with tables as its node says and the node's limits.
+fn new_pod_namespace(node: &Netns) -> Result<Netns, Error> {
+    let failed = |what: String| move |source| Error::Io { what, source };
+    let path = |name: &str| format!("/proc/sys/net/{name}");
+    let (netns, limits) = node
+        .run(|| {
+            let netns = new_namespace(POD_SYSCTLS)?;
+            let limits = LIMITS.iter().map(|name| {
+                let limit = std::fs::read_to_string(path(name));
+                limit.map_err(failed(format!("read {}", path(name))))
+            });
+            Ok::<_, Error>((netns, limits.collect::<Result<Vec<_>, _>>()?))
+        })
+        .map_err(failed("enter a node's network namespace".into()))??;
+    netns
+        .run(|| {
+            for (name, limit) in LIMITS.iter().zip(&limits) {
+                std::fs::write(path(name), limit)
+                    .map_err(failed(format!("write {limit} to {}", path(name))))?;
+            }
+            Ok::<(), Error>(())
+        })
+        .map_err(failed("enter a network namespace".into()))??;
+    Ok(netns)
+}
 
 fn new_namespace(sysctls: &[(&str, &str)]) -> Result<Netns, Error> {
     let failed = |what: String| move |source| Error::Io { what, source };

@@ -9,6 +9,7 @@ use std::{
 };
 
 use api::mesh::MeshConfig;
+use linux::netns::Netns;
 use runtime::fabric::{Fabric, PodNetwork};
 
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -93,6 +94,33 @@ async fn pods_of_two_nodes_reach_each_other() {
         })
         .unwrap();
     assert!(!exists);
+}
+
+/// Where the kernel can (Linux 6.1), and without the limits that it derives from a table's size.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pods_have_socket_tables_of_their_own_and_the_nodes_limits() {
+    let fabric = Fabric::create(&MeshConfig::default(), &["one".into()])
+        .await
+        .unwrap();
+    let node = fabric.node("one").unwrap();
+    let pod = node.attach().await.unwrap();
+    let read = |netns: &Netns, name: &str| {
+        let path = format!("/proc/sys/net/ipv4/{name}");
+        netns.run(|| std::fs::read_to_string(path)).unwrap()
+    };
+    // The kernel tells the number of slots; a negative one means the machine's table.
+    let slots = |netns: &Netns| {
+        let text = read(netns, "tcp_ehash_entries").ok()?;
+        Some(text.trim().parse::<i64>().unwrap())
+    };
+    if let (Some(of_node), Some(of_pod)) = (slots(node.netns()), slots(&pod.netns)) {
+        assert!(of_node < 0, "{of_node}");
+        assert_eq!(of_pod, 16384);
+    }
+    for limit in ["tcp_max_tw_buckets", "tcp_max_syn_backlog"] {
+        let [of_node, of_pod] = [node.netns(), &pod.netns].map(|netns| read(netns, limit).unwrap());
+        assert_eq!(of_node, of_pod, "{limit}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
