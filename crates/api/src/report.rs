@@ -9,7 +9,7 @@ use crate::pod::{PodPhase, PodStatus};
 /// One connection (or a refused try), as `heddle flows` shows it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FlowRecord {
-    /// Number within the node; grows by one per record.
+    /// Number within the node; grows by one per record. 0 for an open connection, which is no record yet.
     pub sequence: u64,
     /// When it happened, milliseconds since 1970.
     pub time_ms: u64,
@@ -17,6 +17,10 @@ pub struct FlowRecord {
     pub node: String,
     /// What happened.
     pub event: FlowEventKind,
+    /// TCP's state: `established`, `close-wait`, … while it is open, `closed` after that; empty if there was no
+    /// connection.
+    #[serde(default)]
+    pub state: String,
     /// The client.
     pub source: FlowEnd,
     /// The server (for a refused try: where it would have gone).
@@ -59,6 +63,10 @@ pub enum FlowEventKind {
     Failed,
     /// Refused.
     Refused,
+    /// Open at the moment of the question; the figures are as they stand.
+    Open,
+    /// Ended by Heddle because it is no longer allowed; reason and policy say why, the figures are final.
+    Ended,
 }
 
 /// Allowed or not.
@@ -109,6 +117,9 @@ pub struct NodeStatus {
     pub maps: Vec<MapStatus>,
     /// How often each reason came up.
     pub reasons: Vec<ReasonCount>,
+    /// Established connections that were ended because they are no longer allowed.
+    #[serde(default)]
+    pub ended: Vec<EndedCount>,
     /// What could not be put into effect, newest last.
     pub problems: Vec<String>,
     /// Flow records that were lost before they could be read.
@@ -143,6 +154,17 @@ pub struct ReasonCount {
     /// What it means.
     pub text: String,
     /// Count since the node's maps were made.
+    pub count: u64,
+}
+
+/// How many established connections were ended for one reason.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EndedCount {
+    /// Why: a reason of the kernel's, or `endpoint-gone` (docs/connections.md).
+    pub reason: String,
+    /// `NAMESPACE/NAME` of the policy that no longer allows them, if one does not.
+    pub policy: Option<String>,
+    /// Count since the agent started.
     pub count: u64,
 }
 

@@ -52,7 +52,7 @@ pub(crate) enum Command {
     Logs(LogsArgs),
     /// Show workloads, nodes, objects and what is not as it should be.
     Status(Common),
-    /// Show connections: both identities, verdict, bytes, round-trip time.
+    /// Show connections, past and open: both identities, verdict, bytes, round-trip time.
     Flows(FlowsArgs),
     /// Say which path a connection would take, and which object decides it.
     Explain(ExplainArgs),
@@ -134,6 +134,9 @@ pub(crate) struct FlowsArgs {
     /// Go on with the connections to come.
     #[arg(short, long, conflicts_with = "summary")]
     pub(crate) follow: bool,
+    /// Only the connections that are open now, with their figures as they stand.
+    #[arg(long, conflicts_with = "follow")]
+    pub(crate) open: bool,
     /// One line per client, server and verdict instead of one per connection.
     #[arg(long)]
     pub(crate) summary: bool,

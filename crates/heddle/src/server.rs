@@ -1,7 +1,7 @@
 //! The API that `heddle up` serves to the other commands: HTTP over a Unix socket.
 //!
 //! - `GET /v1/status` → `MeshStatus`
-//! - `GET /v1/flows?follow=true` → one `FlowRecord` per line, of all nodes
+//! - `GET /v1/flows?follow=true&open=too` → one `FlowRecord` per line, of all nodes
 //! - `GET /v1/explain?source=WORKLOAD&host=HOST&port=PORT&protocol=TCP` → `Explanation`
 //! - `GET /v1/exec?workload=WORKLOAD` → `ExecSpec` without its command
 //! - `GET /v1/logs?workload=WORKLOAD&follow=true` → bytes
@@ -101,10 +101,12 @@ async fn status(State(mesh): State<Mesh>) -> Response {
 struct FlowQuery {
     #[serde(default)]
     follow: bool,
+    #[serde(default)]
+    open: flows::OpenConnections,
 }
 
 async fn flows(State(mesh): State<Mesh>, Query(query): Query<FlowQuery>) -> Response {
-    let body = Body::from_stream(flows::merged(&mesh, query.follow));
+    let body = Body::from_stream(flows::merged(&mesh, query.follow, query.open));
     ([(header::CONTENT_TYPE, "application/x-ndjson")], body).into_response()
 }
 

@@ -32,9 +32,10 @@ use xds::{
 
 use crate::{
     NodeError,
+    connections::{Connections, Scope},
     dataplane::DataPlane,
     explain::{self, Question},
-    flows::{self, FlowLog},
+    flows::{self, FlowLog, Scribe},
     health::Health,
     http,
     ids::Ids,
@@ -111,26 +112,24 @@ pub async fn run(config: NodeConfig) -> Result<(), NodeError> {
         types: vec![ADDRESS_TYPE.into(), AUTHORIZATION_TYPE.into()],
     });
     let (command_sender, commands) = mpsc::channel(COMMAND_QUEUE);
+    let scribe = Scribe::new(Arc::clone(&log), names, metrics.clone(), node);
+    let connections = Connections::new(dataplane.kernel.view(), Arc::clone(&scribe));
+    tokio::spawn(Arc::clone(&connections).run_sweeps());
     let mut server = tokio::spawn(http::serve(
         config.api_socket.clone(),
         command_sender,
-        Arc::clone(&log),
+        log,
+        Arc::clone(&connections),
         registry.clone(),
     ));
     let (settled, names_known) = watch::channel(false);
-    let mut flow_reader = tokio::spawn(flows::read(
-        reader,
-        log,
-        names,
-        names_known,
-        metrics.clone(),
-        node,
-    ));
+    let mut flow_reader = tokio::spawn(flows::read(reader, scribe, names_known));
 
     let agent = Agent {
         connection: client.state(),
         config,
         dataplane,
+        connections,
         dns,
         starter: Arc::new(starter),
         metrics,
@@ -190,6 +189,7 @@ struct Refused {
 struct Agent {
     config: NodeConfig,
     dataplane: DataPlane,
+    connections: Arc<Connections>,
     dns: LocalDns,
     starter: Arc<Stream>,
     metrics: TcpMetrics,
@@ -253,6 +253,7 @@ impl Agent {
                     .local(&uid)
                     .map(|local| local.enrolled.clone());
                 self.dataplane.retire(&uid)?;
+                self.connections.forget(&uid);
                 self.dns.stop(&uid, &self.starter).await?;
                 if let Some(gone) = enrolled {
                     let is_last = !self.dataplane.locals().any(|local| {
@@ -328,6 +329,13 @@ impl Agent {
         self.announced.remove(&workload.uid);
         self.touch(&workload.uid);
         self.dns.serve(&workload, &netns, &self.starter).await?;
+        // Without this, policy could not end its connections: then it does not begin any.
+        self.connections
+            .watch(&workload.uid, &netns)
+            .map_err(NodeError::io(format!(
+                "list the sockets of {}",
+                workload.uid
+            )))?;
         self.dataplane.enroll(workload, cookie)
     }
 
@@ -374,6 +382,8 @@ impl Agent {
             self.dns.open()?;
             self.dataplane.kernel.attach()?;
             self.settled.send_replace(true);
+            // Rules may have changed while no agent was there to act on it.
+            self.connections.sweep(Scope::ALL);
             tracing::info!(
                 workloads = self.state.workloads.len(),
                 services = self.state.services.len(),
@@ -381,6 +391,7 @@ impl Agent {
                 "policy is in the kernel"
             );
         }
+        self.connections.sweep(self.dataplane.take_forbidden());
         let ready: Vec<String> = self
             .dataplane
             .locals()
@@ -432,6 +443,7 @@ impl Agent {
                 .last_error
                 .map(|error| format!("control plane: {error}")),
         );
+        problems.extend(self.connections.problem());
         let mut enrolled: Vec<String> = self
             .dataplane
             .locals()
@@ -466,6 +478,7 @@ impl Agent {
                     count,
                 })
                 .collect(),
+            ended: self.connections.ended_counts(),
             problems,
         }
     }

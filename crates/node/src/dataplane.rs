@@ -21,13 +21,16 @@ use std::{
     sync::Arc,
 };
 
-use api::{enroll::EnrolledWorkload, mesh::MeshConfig};
-use kernel::{CaptureKey, CaptureKind, CgroupEntry, DeviceEntry, Kernel, SocketClass, Tables};
+use api::{enroll::EnrolledWorkload, mesh::MeshConfig, pod::Protocol};
+use kernel::{
+    CaptureKey, CaptureKind, CgroupEntry, DeviceEntry, Kernel, SocketClass, Tables, WorkloadEntry,
+};
 
 pub(crate) use self::services::{SharedEndpoint, endpoints};
 use self::unapplied::{Part, Unapplied};
 use crate::{
     NodeError,
+    connections::Scope,
     dns::DNS_PORT,
     ids::Ids,
     names::{NameBook, WorkloadNames},
@@ -53,6 +56,8 @@ pub(crate) struct DataPlane {
     ids: Ids,
     locals: HashMap<String, Local>,
     addresses: addresses::Addresses,
+    /// What changes may have forbidden that nobody was told of yet.
+    may_forbid: Scope,
 }
 
 /// A workload of this node, with its kernel-side names.
@@ -99,6 +104,7 @@ impl DataPlane {
             ids,
             locals: HashMap::new(),
             addresses,
+            may_forbid: Scope::default(),
         }
     }
 
@@ -146,6 +152,7 @@ impl DataPlane {
     pub(crate) fn retire(&mut self, uid: &str) -> Result<(), NodeError> {
         if let Some(local) = self.locals.remove(uid) {
             self.clear_local(&local)?;
+            self.may_forbid = Scope::ALL;
         }
         Ok(())
     }
@@ -175,6 +182,11 @@ impl DataPlane {
     fn apply_once(&mut self, state: &MeshState, changes: &Changes) {
         let mut outcomes = Vec::new();
         let tables = &mut self.kernel.tables;
+        let before: Vec<(u32, WorkloadEntry)> = tables
+            .workloads
+            .iter()
+            .map(|(id, entry)| (*id, *entry))
+            .collect();
         let mut failures = Vec::new();
         let local_changed = changes.workloads.iter().any(|name| {
             let now = state.workloads.get(name);
@@ -231,11 +243,25 @@ impl DataPlane {
             let failure = outcome.err().map(|error| error.to_string());
             outcomes.push((Part::Service(name.clone()), failure));
         }
+        // Other rules, or none where there was no room for them: what went by the old ones is looked at again.
+        let has_other_rules =
+            |(id, entry): &(u32, WorkloadEntry)| tables.workloads.get(id) != Some(entry);
+        let mut services = changes.services.iter().chain(changes.members.keys());
+        if !failures.is_empty() || before.iter().any(has_other_rules) {
+            self.may_forbid = self.may_forbid | Scope::ALL;
+        } else if services.any(|name| may_take_datagrams(state, name)) {
+            self.may_forbid = self.may_forbid | Scope::DATAGRAMS;
+        }
         for (part, failure) in outcomes {
             if self.unapplied.note(part, failure) {
                 self.problem_count += 1;
             }
         }
+    }
+
+    /// What the changes since the last call may have forbidden.
+    pub(crate) fn take_forbidden(&mut self) -> Scope {
+        std::mem::take(&mut self.may_forbid)
     }
 
     /// After a restart, once everything is known again: removes what belongs to nothing any more.
@@ -378,6 +404,15 @@ impl DataPlane {
         self.names.retire_workload(local.id);
         Ok(())
     }
+}
+
+/// Connected datagram sockets hold on to an endpoint that their service may have lost.
+fn may_take_datagrams(state: &MeshState, service: &str) -> bool {
+    state.services.get(service).is_none_or(|service| {
+        service
+            .ports()
+            .any(|(_, protocol)| protocol == Protocol::Udp)
+    })
 }
 
 fn dns_capture(workload: u32) -> CaptureKey {

@@ -3,6 +3,7 @@
 
 use std::{
     collections::VecDeque,
+    net::SocketAddr,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -16,7 +17,11 @@ use linux::readable::Readable;
 use telemetry::tcp::{DeniedLabels, Reporter, SecurityPolicy, TcpLabels, TcpMetrics};
 use tokio::sync::{broadcast, watch};
 
-use crate::{NodeError, names::NameBook};
+use crate::{
+    NodeError,
+    connections::{Cause, Ended},
+    names::NameBook,
+};
 
 /// Records kept per node. The oldest make room.
 const HISTORY: usize = 65_536;
@@ -82,18 +87,9 @@ impl FlowLog {
 /// kernel until `names_known` is true, so that it gets its names.
 pub(crate) async fn read(
     mut reader: FlowReader,
-    log: Arc<FlowLog>,
-    names: Arc<NameBook>,
+    scribe: Arc<Scribe>,
     mut names_known: watch::Receiver<bool>,
-    metrics: TcpMetrics,
-    node: String,
 ) -> Result<(), NodeError> {
-    let scribe = Scribe {
-        clock: Clock::new(),
-        names,
-        metrics,
-        node,
-    };
     // Without a control plane there may never be names: numbers are better than nothing.
     let _ = tokio::time::timeout(NAMES_PATIENCE, names_known.wait_for(|known| *known)).await;
     let mut looked = Instant::now();
@@ -106,7 +102,7 @@ pub(crate) async fn read(
         loop {
             let events: Vec<FlowEvent> = reader.by_ref().take(BATCH).collect();
             for event in &events {
-                scribe.write(event, &log);
+                scribe.write(event);
             }
             if events.len() < BATCH {
                 break;
@@ -115,39 +111,101 @@ pub(crate) async fn read(
         }
         if looked.elapsed() >= DATAGRAMS_LOOK {
             looked = Instant::now();
-            scribe.write_ended(&mut reader.datagrams, &log)?;
+            scribe.write_ended(&mut reader.datagrams)?;
         }
     }
 }
 
-struct Scribe {
+/// Puts names to the kernel's numbers.
+pub(crate) struct Scribe {
+    log: Arc<FlowLog>,
     clock: Clock,
     names: Arc<NameBook>,
     metrics: TcpMetrics,
     node: String,
+    /// Why connections were ended whose last record is still to come.
+    pub(crate) ended: Ended,
 }
 
 impl Scribe {
-    fn write(&self, event: &FlowEvent, log: &FlowLog) {
+    pub(crate) fn new(
+        log: Arc<FlowLog>,
+        names: Arc<NameBook>,
+        metrics: TcpMetrics,
+        node: String,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            log,
+            clock: Clock::new(),
+            names,
+            metrics,
+            node,
+            ended: Ended::default(),
+        })
+    }
+
+    fn write(&self, event: &FlowEvent) {
         let Some(kind) = event.kind() else {
             return;
         };
-        let record = self.record(event, kind);
+        let mut record = self.record(event, kind);
+        if kind == FlowKind::Closed
+            && !event.is_datagram()
+            && let Some(cause) = self.ended.take(ends(event))
+        {
+            self.tell(&mut record, cause);
+        }
         // The standard metrics are of TCP; refusals are Heddle's own, of everything.
         if !event.is_datagram() || record.event == FlowEventKind::Refused {
             self.count(&record);
         }
-        log.push(record);
+        self.log.push(record);
+    }
+
+    /// The record of a connection that is open, as it would be written at this moment.
+    pub(crate) fn open(&self, event: FlowEvent, state: &str) -> FlowRecord {
+        FlowRecord {
+            event: FlowEventKind::Open,
+            state: state.to_owned(),
+            ..self.record(&event, FlowKind::Opened)
+        }
+    }
+
+    /// Counts a connection that was ended because it is no longer allowed; writes its record if the kernel will not.
+    pub(crate) fn ended(&self, event: FlowEvent, cause: Cause, write: bool) {
+        let mut record = self.record(&event, FlowKind::Closed);
+        self.tell(&mut record, cause);
+        self.metrics.ended(&denied_labels(&record));
+        if write {
+            self.log.push(record);
+        }
+    }
+
+    fn tell(&self, record: &mut FlowRecord, cause: Cause) {
+        record.event = FlowEventKind::Ended;
+        record.verdict = Verdict::Denied;
+        record.reason = cause.reason.to_owned();
+        record.policy = self.names.policy(cause.policy);
+    }
+
+    /// A policy's name, if it has one here.
+    pub(crate) fn policy(&self, id: u32) -> Option<String> {
+        self.names.policy(id)
+    }
+
+    /// The kernel's time, CLOCK_MONOTONIC.
+    pub(crate) fn now_ns(&self) -> u64 {
+        monotonic_ns()
     }
 
     /// Writes the records of datagrams that seem to be over.
-    fn write_ended(&self, datagrams: &mut Datagrams, log: &FlowLog) -> Result<(), NodeError> {
+    fn write_ended(&self, datagrams: &mut Datagrams) -> Result<(), NodeError> {
         let latest = monotonic_ns().saturating_sub(DATAGRAMS_OVER.as_nanos() as u64);
         for (tuple, seen) in datagrams.all()? {
             if seen.last_ns < latest
                 && let Some(last) = datagrams.take(&tuple)?
             {
-                self.write(&FlowEvent::of_datagrams(&tuple, &last), log);
+                self.write(&FlowEvent::of_datagrams(&tuple, &last));
             }
         }
         Ok(())
@@ -166,6 +224,12 @@ impl Scribe {
                 FlowKind::Closed => FlowEventKind::Failed,
                 FlowKind::RefusedConnect | FlowKind::RefusedIngress => FlowEventKind::Refused,
             },
+            state: match kind {
+                FlowKind::Opened => "established",
+                FlowKind::Closed => "closed",
+                FlowKind::RefusedConnect | FlowKind::RefusedIngress => "",
+            }
+            .into(),
             source: self.end(event.source_workload, event.source, event.source_port),
             destination: self.end(
                 event.destination_workload,
@@ -207,15 +271,23 @@ impl Scribe {
     fn count(&self, record: &FlowRecord) {
         match record.event {
             FlowEventKind::Opened => self.metrics.opened(&labels(record)),
-            FlowEventKind::Closed => {
+            FlowEventKind::Closed | FlowEventKind::Ended => {
                 // The metric speaks as the server does: what the client received was sent.
                 self.metrics
                     .closed(&labels(record), record.bytes_received, record.bytes_sent);
             }
-            FlowEventKind::Failed => {}
+            FlowEventKind::Failed | FlowEventKind::Open => {}
             FlowEventKind::Refused => self.metrics.denied(&denied_labels(record)),
         }
     }
+}
+
+/// Client and server.
+fn ends(event: &FlowEvent) -> (SocketAddr, SocketAddr) {
+    (
+        SocketAddr::new(event.source.into(), event.source_port),
+        SocketAddr::new(event.destination.into(), event.destination_port),
+    )
 }
 
 fn labels(record: &FlowRecord) -> TcpLabels {
@@ -276,7 +348,7 @@ impl Clock {
             .unwrap_or_default()
             .as_nanos();
         Self {
-            offset_ns: wall.saturating_sub(u128::from(monotonic_ns())),
+            offset_ns: wall.saturating_sub(monotonic_ns().into()),
         }
     }
 

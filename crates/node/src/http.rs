@@ -1,7 +1,8 @@
 //! The agent's API for operators: HTTP over a Unix socket.
 //!
 //! - `GET /v1/status` → `NodeStatus`
-//! - `GET /v1/flows?since=SEQUENCE&follow=true` → one `FlowRecord` per line
+//! - `GET /v1/flows?since=SEQUENCE&follow=true&open=only` → one `FlowRecord` per line: the history, then either the
+//!   connections that are open (`open=too`, or `only` them) or what happens from now on
 //! - `GET /v1/explain?source=NAMESPACE/POD&host=HOST&port=PORT&protocol=TCP` → `Explanation`
 //! - `GET /metrics` → Prometheus text
 
@@ -24,12 +25,18 @@ use tokio::{
     sync::{broadcast, mpsc, oneshot},
 };
 
-use crate::{NodeError, agent::Command, explain::Question, flows::FlowLog};
+use crate::{
+    NodeError, agent::Command, connections::Connections, explain::Question, flows::FlowLog,
+};
+
+/// Open connections on their way to a reader.
+const OPEN_QUEUE: usize = 256;
 
 #[derive(Clone)]
 struct Context {
     commands: mpsc::Sender<Command>,
     log: Arc<FlowLog>,
+    connections: Arc<Connections>,
     registry: Registry,
 }
 
@@ -38,6 +45,7 @@ pub(crate) async fn serve(
     path: PathBuf,
     commands: mpsc::Sender<Command>,
     log: Arc<FlowLog>,
+    connections: Arc<Connections>,
     registry: Registry,
 ) -> Result<(), NodeError> {
     let failed = || NodeError::io(format!("listen on {}", path.display()));
@@ -54,6 +62,7 @@ pub(crate) async fn serve(
         .with_state(Context {
             commands,
             log,
+            connections,
             registry,
         });
     axum::serve(listener, router).await.map_err(failed())
@@ -111,17 +120,48 @@ struct FlowQuery {
     since: u64,
     #[serde(default)]
     follow: bool,
+    #[serde(default)]
+    open: OpenConnections,
+}
+
+/// Whether open connections are told. Never to a follower, who hears of their end.
+#[derive(Default, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum OpenConnections {
+    #[default]
+    No,
+    Too,
+    Only,
 }
 
 async fn flows(State(context): State<Context>, Query(query): Query<FlowQuery>) -> Response {
-    let (history, live) = context.log.since(query.since);
+    let (history, news) = match query.open {
+        OpenConnections::Only => (Vec::new(), None),
+        _ => {
+            let (history, news) = context.log.since(query.since);
+            (history, query.follow.then_some(news))
+        }
+    };
     let history = stream::iter(history);
-    let body = if query.follow {
-        Body::from_stream(history.chain(follow(live)).map(line))
-    } else {
-        Body::from_stream(history.map(line))
+    let body = match news {
+        Some(news) => Body::from_stream(history.chain(follow(news)).map(line)),
+        None if query.open == OpenConnections::No => Body::from_stream(history.map(line)),
+        None => Body::from_stream(history.chain(open(context.connections)).map(line)),
     };
     ([(header::CONTENT_TYPE, "application/x-ndjson")], body).into_response()
+}
+
+/// Lists them when the reader has come so far.
+fn open(connections: Arc<Connections>) -> impl Stream<Item = Arc<FlowRecord>> {
+    stream::once(async move {
+        let (sender, records) = mpsc::channel(OPEN_QUEUE);
+        tokio::task::spawn_blocking(move || connections.open(&sender));
+        stream::unfold(records, |mut records| async move {
+            let record = records.recv().await?;
+            Some((Arc::new(record), records))
+        })
+    })
+    .flatten()
 }
 
 /// A follower that is too slow misses records, which shows as a gap in their sequence.

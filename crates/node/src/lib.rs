@@ -2,13 +2,15 @@
 //!
 //! It receives the mesh's state over xDS ([`state`]), its node's workloads over the enrolment socket
 //! ([`agent`]), and puts both into the kernel ([`dataplane`], [`policy`]); it answers names inside every
-//! workload ([`dns`]), reads flow records ([`flows`]) and serves operators ([`http`], [`explain`]).
+//! workload ([`dns`]), reads flow records ([`flows`]), looks at open connections and ends what policy forbids
+//! ([`connections`]), and serves operators ([`http`], [`explain`]).
 //!
 //! It starts no workloads: that is crate `runtime`, or a kubelet. It can die at any time: what it decided
 //! stays in force in the kernel, and its successor takes over.
 
 mod agent;
 mod alias;
+mod connections;
 mod dataplane;
 pub mod dns;
 mod error;

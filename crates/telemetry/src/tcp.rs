@@ -64,7 +64,7 @@ pub enum SecurityPolicy {
     MutualTls,
 }
 
-/// A connection that was refused.
+/// A connection that was refused, or that was ended because it is no longer allowed.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct DeniedLabels {
     /// Which end refused it.
@@ -91,6 +91,7 @@ pub struct TcpMetrics {
     sent: Family<Arc<TcpLabels>, Counter>,
     received: Family<Arc<TcpLabels>, Counter>,
     denied: Family<DeniedLabels, Counter>,
+    ended: Family<DeniedLabels, Counter>,
 }
 
 impl TcpMetrics {
@@ -120,6 +121,11 @@ impl TcpMetrics {
             denied: registry.counter_family(
                 "heddle_connections_denied_total",
                 "Connections refused, by reason and policy",
+                max_series,
+            )?,
+            ended: registry.counter_family(
+                "heddle_connections_ended_total",
+                "Established connections ended because they are no longer allowed, by reason and policy",
                 max_series,
             )?,
         })
@@ -153,6 +159,11 @@ impl TcpMetrics {
         self.denied.get(labels).inc();
     }
 
+    /// Counts an established connection that was ended because it is no longer allowed.
+    pub fn ended(&self, labels: &DeniedLabels) {
+        self.ended.get(labels).inc();
+    }
+
     /// Removes the series of a workload that is gone, at whichever end of a connection it was.
     /// Returns how many there were.
     pub fn evict_workload(&self, namespace: &str, workload: &str) -> usize {
@@ -176,6 +187,7 @@ impl TcpMetrics {
             .map(|family| family.evict(tcp))
             .sum::<usize>()
             + self.denied.evict(denied)
+            + self.ended.evict(denied)
     }
 }
 
@@ -339,13 +351,20 @@ mod tests {
         metrics.opened(&labels("frontend", "api"));
         metrics.opened(&labels("api", "redis"));
         metrics.opened(&labels("frontend", "redis"));
-        metrics.denied(&DeniedLabels {
+        let refused = DeniedLabels {
             destination_workload: "api".into(),
             destination_workload_namespace: "shop".into(),
             ..DeniedLabels::default()
-        });
+        };
+        metrics.denied(&refused);
+        metrics.ended(&refused);
+        assert!(
+            registry
+                .encode()
+                .contains("\nheddle_connections_ended_total{")
+        );
         assert_eq!(metrics.evict_workload("other", "api"), 0);
-        assert_eq!(metrics.evict_workload("shop", "api"), 2 * 4 + 1);
+        assert_eq!(metrics.evict_workload("shop", "api"), 2 * 4 + 2);
         let text = registry.encode();
         assert!(!text.contains("\"api\""), "{text}");
         assert!(text.contains(r#"source_workload="frontend""#), "{text}");

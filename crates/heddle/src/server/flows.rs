@@ -9,6 +9,7 @@ use anyhow::Context as _;
 use api::report::FlowRecord;
 use axum::body::Bytes;
 use futures::{Stream, stream};
+use serde::Deserialize;
 use tokio::sync::mpsc;
 
 use super::Mesh;
@@ -19,15 +20,46 @@ const QUEUE: usize = 1024;
 /// How soon an agent that is away is looked for again.
 const RETRY: Duration = Duration::from_millis(200);
 
+/// Whether open connections are told, in the words of the agents' API.
+#[derive(Debug, Default, Clone, Copy, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum OpenConnections {
+    /// Not at all.
+    #[default]
+    No,
+    /// After the history.
+    Too,
+    /// Without the history.
+    Only,
+}
+
+impl OpenConnections {
+    fn word(self) -> &'static str {
+        match self {
+            Self::No => "no",
+            Self::Too => "too",
+            Self::Only => "only",
+        }
+    }
+}
+
 /// One line per record.
 pub(super) fn merged(
     mesh: &Mesh,
     follow: bool,
+    open: OpenConnections,
 ) -> impl Stream<Item = anyhow::Result<Bytes>> + use<> {
     let (sender, receiver) = mpsc::channel(QUEUE);
+    let path = format!("/v1/flows?follow={follow}&open={}", open.word());
     for node in &mesh.nodes {
         let socket = mesh.layout.agent_socket(node);
-        tokio::spawn(forward(socket, node.clone(), follow, sender.clone()));
+        tokio::spawn(forward(
+            socket,
+            node.clone(),
+            path.clone(),
+            follow,
+            sender.clone(),
+        ));
     }
     stream::unfold(receiver, |mut receiver| async move {
         let line = receiver.recv().await?;
@@ -38,11 +70,12 @@ pub(super) fn merged(
 async fn forward(
     socket: PathBuf,
     node: String,
+    path: String,
     follow: bool,
     sender: mpsc::Sender<anyhow::Result<Bytes>>,
 ) {
     loop {
-        let outcome = copy(&socket, follow, &sender).await;
+        let outcome = copy(&socket, &path, &sender).await;
         if sender.is_closed() {
             return;
         }
@@ -61,10 +94,10 @@ async fn forward(
 
 async fn copy(
     socket: &Path,
-    follow: bool,
+    path: &str,
     sender: &mpsc::Sender<anyhow::Result<Bytes>>,
 ) -> anyhow::Result<()> {
-    let mut lines = Lines::get(socket, &format!("/v1/flows?follow={follow}"))
+    let mut lines = Lines::get(socket, path)
         .await
         .context("its agent is away")?;
     loop {
