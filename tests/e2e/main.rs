@@ -4,6 +4,7 @@
 //! `programs/`. Build the command first: `cargo build --release --bin heddle` (as `make test` does).
 #![allow(clippy::unwrap_used)] // A failed test is what a panic is for.
 
+mod connections;
 mod containment;
 mod datagrams;
 mod distribution;

@@ -140,6 +140,27 @@ impl Mesh {
         Held { talk, greeting }
     }
 
+    /// Opens one connection, keeps it, and learns how it ends; `family` as in [`Mesh::attempts`].
+    pub(crate) fn watch(&self, workload: &str, family: &str, host: &str, port: u16) -> Watched {
+        let mut talk = self.talk(workload, "watch", &[family, host, &port.to_string()]);
+        let _: Greeting = talk.hear();
+        Watched { talk }
+    }
+
+    /// Keeps a connected datagram socket, and learns how it ends.
+    pub(crate) fn watch_datagrams(
+        &self,
+        workload: &str,
+        family: &str,
+        host: &str,
+        port: u16,
+    ) -> Watched {
+        let arguments = [family, host, &port.to_string()];
+        let mut talk = self.talk(workload, "watch_datagrams", &arguments);
+        let _: String = talk.hear();
+        Watched { talk }
+    }
+
     /// Starts a command of the probe's and talks with it.
     pub(crate) fn talk(&self, workload: &str, command: &str, arguments: &[&str]) -> Talk {
         let mut all = vec!["python3", PROBE_PATH, command];
@@ -206,6 +227,31 @@ impl Held {
     pub(crate) fn exchange(&mut self, line: &str) {
         self.talk.say(line);
         assert_eq!(self.talk.hear::<String>(), format!("{line}\n"));
+    }
+}
+
+/// One open connection whose end is told.
+pub(crate) struct Watched {
+    talk: Talk,
+}
+
+#[derive(Debug, Deserialize)]
+struct End {
+    ended: Option<String>,
+}
+
+impl Watched {
+    /// Sends a line and sees it come back.
+    #[track_caller]
+    pub(crate) fn exchange(&mut self, line: &str) {
+        self.talk.say(line);
+        assert_eq!(self.talk.hear::<String>(), format!("{line}\n"));
+    }
+
+    /// Waits until it has ended; the name of the errno, `None` if the other side closed it.
+    #[track_caller]
+    pub(crate) fn ended(mut self) -> Option<String> {
+        self.talk.hear::<End>().ended
     }
 }
 

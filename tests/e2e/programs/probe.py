@@ -15,6 +15,8 @@ import threading
 import time
 
 PATIENCE = 3.0
+# How long a connection may be without a sign of life before it counts as forgotten.
+LASTING = 60.0
 # How long an answer is waited for that must not come.
 SILENCE = 0.7
 RECORDS = {"A": 1, "PTR": 12, "AAAA": 28, "SRV": 33}
@@ -173,6 +175,47 @@ def send_until_refused(sock):
     while time.monotonic() < until:
         sock.sendall(b"late")
         time.sleep(0.01)
+
+
+def watch(family, host, port):
+    """As hold, and says in the end how the connection ended: {"ended": name of the errno, or null for EOF}."""
+    family, address = target(family, host, int(port))
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.settimeout(PATIENCE)
+    sock.connect(address)
+    sock.settimeout(LASTING)
+    stream = sock.makefile("rb")
+    say(json.loads(stream.readline()))
+    threading.Thread(target=report_lines, args=(stream,), daemon=True).start()
+    for line in sys.stdin:
+        sock.sendall(line.encode())
+
+
+def report_lines(stream):
+    error = None
+    try:
+        for line in stream:
+            say(line.decode())
+    except OSError as failure:
+        error = name_of(failure)
+    say({"ended": error})
+    os._exit(0)
+
+
+def watch_datagrams(family, host, port):
+    """A connected datagram socket that says how it ended, if it does before standard input."""
+    family = {"4": socket.AF_INET, "6": socket.AF_INET6}[family]
+    address = socket.getaddrinfo(host, int(port), family, socket.SOCK_DGRAM)[0][4]
+    sock = socket.socket(family, socket.SOCK_DGRAM)
+    sock.connect(address)
+    sock.settimeout(LASTING)
+    say(sock.getpeername()[0])
+    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
+    try:
+        sock.recv(1)
+        say({"ended": None})
+    except OSError as error:
+        say({"ended": name_of(error)})
 
 
 # --- Datagrams -------------------------------------------------------------------------------------
@@ -460,7 +503,7 @@ def greet_all(sock, accepted):
 
 
 COMMANDS = [
-    connect, spoof, loop, hold, first, vanish, late, resolve, dns,
+    connect, spoof, loop, hold, watch, watch_datagrams, first, vanish, late, resolve, dns,
     ask_datagrams, hold_datagrams, ask_many_ports, serve_connected, datagram_from,
     make_socket, datagram, fast_open, link_local, datagrams, call, relisten,
 ]  # fmt: skip
