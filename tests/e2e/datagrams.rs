@@ -270,7 +270,8 @@ fn too_many_peers_are_refused(mesh: &Mesh) {
 fn records_tell_of_both_directions(mesh: &Mesh) {
     let filter = ["--from", "shop/alice", "--to", "shop/log"];
     for how in ["connected", "unconnected"] {
-        let before = mesh.flows(&filter).last().map_or(0, |flow| flow.sequence);
+        let known = mesh.flows(&filter);
+        let before = known.iter().map(|flow| flow.sequence).max().unwrap_or(0);
         ask(mesh, "alice", how, "4", 4, &["log", "514"]);
         let find = |patience, wanted: &dyn Fn(&FlowRecord) -> bool| {
             until("a record of datagrams", patience, || {
@@ -294,6 +295,11 @@ fn records_tell_of_both_directions(mesh: &Mesh) {
             "{opened:#?}"
         );
         assert_eq!(opened.policy.as_deref(), Some("shop/log"), "{opened:#?}");
+        let active = find(PATIENCE, &|flow| {
+            flow.connection == opened.connection && flow.event == FlowEventKind::Open
+        });
+        assert_eq!(active.state, "active", "{active:#?}");
+        assert_eq!(active.bytes_sent, 4 * "question 0".len() as u64);
         let closed = find(OVER, &|flow| {
             flow.connection == opened.connection && flow.event == FlowEventKind::Closed
         });

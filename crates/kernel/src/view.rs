@@ -13,8 +13,9 @@ use aya::{
 };
 
 use crate::{
-    Address, AddressEntry, CgroupEntry, EndpointEntry, KernelError, ServiceEntry, ServiceKey,
-    SlotEntry, SlotKey, SocketClass, VerdictEntry, VerdictKey, WorkloadEntry,
+    Address, AddressEntry, CgroupEntry, DatagramFlow, Datagrams, EndpointEntry, KernelError,
+    ServiceEntry, ServiceKey, SlotEntry, SlotKey, SocketClass, Tuple, VerdictEntry, VerdictKey,
+    WorkloadEntry,
 };
 
 /// How often a table that is switched while it is read is read again.
@@ -30,6 +31,7 @@ pub struct KernelView {
     services: BpfHashMap<MapData, ServiceKey, ServiceEntry>,
     slots: BpfHashMap<MapData, SlotKey, SlotEntry>,
     endpoints: BpfHashMap<MapData, u32, EndpointEntry>,
+    datagrams: Datagrams,
     sockets: MapData,
     sockets_id: u32,
 }
@@ -58,6 +60,7 @@ impl KernelView {
             services: hash_map(object, "services")?,
             slots: hash_map(object, "slots")?,
             endpoints: hash_map(object, "endpoints")?,
+            datagrams: Datagrams::new(hash_map(object, "datagrams")?),
             sockets,
             sockets_id,
         })
@@ -125,6 +128,14 @@ impl KernelView {
             }
         }
         Ok(services)
+    }
+
+    /// What goes between datagram sockets, as it stands.
+    ///
+    /// # Errors
+    /// Fails if the kernel refuses the read.
+    pub fn datagrams(&self) -> Result<Vec<(Tuple, DatagramFlow)>, KernelError> {
+        self.datagrams.all()
     }
 
     /// Where a service's port leads.

@@ -46,6 +46,8 @@ const ALIVE: [State; 7] = [
 ];
 const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
 const IPPROTO_TCP: u8 = 6;
+/// What is told as the state of datagrams between two sockets, until they seem to be over.
+const ACTIVE: &str = "active";
 
 /// The node's open connections.
 pub(crate) struct Connections {
@@ -91,8 +93,21 @@ impl Connections {
         lock(&self.places).remove(uid);
     }
 
-    /// Sends a record of every open TCP connection, until nobody listens. Blocks.
+    /// Sends a record of every open connection, and of datagrams that went lately, until nobody listens. Blocks.
     pub(crate) fn open(&self, records: &mpsc::Sender<FlowRecord>) {
+        match self.view.datagrams() {
+            Ok(flows) => {
+                for (tuple, flow) in &flows {
+                    let record = self
+                        .scribe
+                        .open(FlowEvent::of_datagrams(tuple, flow), ACTIVE);
+                    if records.blocking_send(record).is_err() {
+                        return;
+                    }
+                }
+            }
+            Err(error) => tracing::warn!(%error, "what datagrams went cannot be listed"),
+        }
         for (uid, place) in self.places() {
             let mut told = Vec::new();
             let mut more = 0_usize;
