@@ -166,7 +166,7 @@ fn fnv(bytes: &[u8]) -> u64 {
 pub(crate) struct Place {
     pub(crate) spec: &'static MapSpec,
     pub(crate) entries: u32,
-    /// The pin; below `staging/` for a new map.
+    /// The pin; below `staging/` for a map that is to take the place of another.
     pub(crate) path: PathBuf,
     /// Where a new map's pin goes when it is complete.
     pub(crate) publish: Option<PathBuf>,
@@ -262,7 +262,12 @@ pub(crate) fn places(
                     .map_or(1, |newest| newest.number.saturating_add(1)),
             };
             let name = pin.file_name();
-            (staging_dir(pin_dir).join(&name), Some(folder.join(name)))
+            if known.is_empty() {
+                // Nothing is in force that a half-filled map could take the place of.
+                (folder.join(name), None)
+            } else {
+                (staging_dir(pin_dir).join(&name), Some(folder.join(name)))
+            }
         };
         let earlier = known
             .iter()
