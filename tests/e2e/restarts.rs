@@ -16,7 +16,7 @@ use linux::pidfd::PidFd;
 use nix::sys::signal::Signal;
 
 use crate::harness::{
-    EDIT_PATIENCE, Mesh,
+    Mesh, PATIENCE,
     objects::{allow, client, namespace, policy, server, service},
     probe::{Held, RequestLoop},
     until,
@@ -175,19 +175,31 @@ fn programs(node: &NodeStatus) -> BTreeSet<(String, String)> {
 /// Two copies of a program would count, and record, twice.
 fn one_try_is_one_refusal(mesh: &Mesh) {
     let refusals = || mesh.count("node-1", "no-allow-matched");
-    let before = refusals();
-    // By a replica's own address, which tells it from all that was tried before.
-    let address = mesh.addresses("shop/web-0")[0].to_string();
-    mesh.connect("bob", &address, 8000).failed(REFUSED);
-    assert_eq!(refusals(), before + 1);
     let filter = ["--from", "shop/bob", "--verdict", "denied"];
-    let count = until("the refusal is recorded", EDIT_PATIENCE, || {
+    // By a replica's own address, which tells it from all that was tried before.
+    let try_once = |replica: &str| {
+        let address = mesh.addresses(&format!("shop/{replica}"))[0].to_string();
+        mesh.connect("bob", &address, 8000).failed(REFUSED);
+    };
+    let records = |replica: &str| {
         let flows = mesh.flows(&filter);
-        match flows.iter().filter(|flow| flow.service.is_none()).count() {
-            0 => Err("no record".into()),
+        let of_try = flows
+            .iter()
+            .filter(|flow| flow.service.is_none() && flow.destination.pod == replica);
+        match of_try.count() {
+            0 => Err("no record".to_owned()),
             count => Ok(count),
         }
+    };
+    // The crowd before may have filled the ring buffer. Records come in order: when one of now is there, it is empty.
+    until("the records have caught up", PATIENCE, || {
+        try_once("web-1");
+        records("web-1")
     });
+    let before = refusals();
+    try_once("web-0");
+    assert_eq!(refusals(), before + 1);
+    let count = until("the refusal is recorded", PATIENCE, || records("web-0"));
     assert_eq!(count, 1);
     // What happened while no agent was there to look has its names, too.
     for flow in mesh.flows(&filter) {
