@@ -3,7 +3,7 @@
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/heddle/target
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint fmt build install bench-direct bench-direct-scale soak-direct
+.PHONY: help demo test lint fmt build install bench-direct bench-direct-scale bench-splice soak-direct
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,3 +35,7 @@ bench-direct-scale: install build ## Measure the direct path and the agent under
 soak-direct: install build ## Check every byte of millions of connections (SOAK_CONNECTIONS=3000000)
 	SOAK_CONNECTIONS=$${SOAK_CONNECTIONS:-3000000} cargo nextest run --release --locked --profile soak -p e2e \
 		--no-capture -E 'test(/^stress::/)'
+
+bench-splice: install build ## Measure spliced connections beside plain TCP: both ends on one CPU, and on two
+	$(CARGO_TARGET_DIR)/release/heddle-bench direct --splice --replicas 0 --cpus 0,0
+	$(CARGO_TARGET_DIR)/release/heddle-bench direct --splice --replicas 0 --cpus 0,1

@@ -1,7 +1,7 @@
 //! The measuring end: one measurement, one line of JSON.
 
 use std::{
-    io::{Read, Write},
+    io::{ErrorKind, Read, Write},
     net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs},
     time::{Duration, Instant},
 };
@@ -171,9 +171,7 @@ fn bulk(target: SocketAddr, size: u32, duration: Duration) -> anyhow::Result<Mea
     // What is still under way counts with the time it takes: the server answers when it has read all.
     stream.shutdown(Shutdown::Write)?;
     let mut answer = [0; 8];
-    stream
-        .read_exact(&mut answer)
-        .context("the server did not say how much arrived")?;
+    read_answer(&mut stream, &mut answer).context("the server did not say how much arrived")?;
     let seconds = started.elapsed().as_secs_f64();
     let arrived = u64::from_be_bytes(answer);
     ensure!(
@@ -186,6 +184,22 @@ fn bulk(target: SocketAddr, size: u32, duration: Duration) -> anyhow::Result<Mea
         bytes_per_second: sent as f64 / seconds,
         ..nothing_yet(Mode::Bulk, size, seconds)
     })
+}
+
+/// Reads what comes after one's own shutdown. On a spliced socket a blocking read may then say EAGAIN although
+/// there is time left (docs/splice.md).
+fn read_answer(stream: &mut TcpStream, answer: &mut [u8]) -> std::io::Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    let mut have = 0;
+    while have < answer.len() {
+        match stream.read(&mut answer[have..]) {
+            Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
+            Ok(count) => have += count,
+            Err(error) if error.kind() == ErrorKind::WouldBlock && Instant::now() < deadline => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 fn connections(data_port: SocketAddr, duration: Duration) -> anyhow::Result<Measurement> {

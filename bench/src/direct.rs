@@ -16,7 +16,12 @@ use std::{path::PathBuf, process::Command, time::Duration};
 use anyhow::{Context, bail, ensure};
 use clap::Args;
 
-use self::{contained::Contained, mesh::Mesh, plain::Plain, report::Report};
+use self::{
+    contained::Contained,
+    mesh::Mesh,
+    plain::Plain,
+    report::{Report, SPLICED},
+};
 use crate::{
     client::Measurement,
     scenario::{Ends, Format, SCENARIOS, Scenario, heddle_program},
@@ -41,6 +46,9 @@ pub(crate) struct DirectArguments {
     /// Compare plain TCP with itself instead of with a mesh: how far the ratios stray from 1 is the noise.
     #[arg(long)]
     control: bool,
+    /// Let both workloads ask for spliced connections (docs/splice.md).
+    #[arg(long, conflicts_with = "control")]
+    splice: bool,
     /// The heddle command (default: the one beside this program).
     #[arg(long)]
     heddle: Option<PathBuf>,
@@ -82,8 +90,9 @@ pub(crate) fn run(arguments: &DirectArguments) -> anyhow::Result<()> {
     } else {
         let heddle = heddle_program(arguments.heddle.as_ref(), &ends)?;
         let contained = Contained::start(&heddle, &ends)?;
-        let mesh = Mesh::start(&heddle, &ends)?;
-        report = Report::new(&SCENARIOS, &["plain TCP", "contained", "mesh"]);
+        let mesh = Mesh::start(&heddle, &ends, arguments.splice)?;
+        let name = if arguments.splice { SPLICED } else { "mesh" };
+        report = Report::new(&SCENARIOS, &["plain TCP", "contained", name]);
         let sides: [&dyn Side; 3] = [&plain, &contained, &mesh];
         measure_rounds(arguments.rounds, &sides, &ends, &mut report)?;
         drop((mesh, contained));

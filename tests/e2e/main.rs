@@ -20,6 +20,7 @@ mod policy;
 mod publish;
 mod restarts;
 mod services;
+mod splice;
 mod starts;
 mod stress;
 mod workloads;

@@ -3,6 +3,7 @@
 
 use std::{path::PathBuf, process::Stdio};
 
+use api::report::FlowEventKind;
 use serde::Deserialize;
 
 use crate::harness::{
@@ -33,6 +34,20 @@ fn a_hundred_thousand_connections_are_byte_exact() {
     let account = stress(&mesh, 1);
     // The bytes are TCP's from end to end: a blocking call that returns early would be ours.
     assert_eq!(account.early_wakeups, 0, "{account:?}");
+    for node in mesh.status().nodes {
+        assert_eq!(node.status.unwrap().problems, Vec::<String>::new());
+    }
+}
+
+#[test]
+fn so_are_a_hundred_thousand_spliced_ones() {
+    let mesh = mesh("stress-splice", r#"heddle.dev/splice: "true""#);
+    stress(&mesh, 2);
+    // They were spliced, and all found room.
+    mesh.until_flow("a spliced connection", &["--from", "shop/client"], |flow| {
+        flow.spliced && flow.event == FlowEventKind::Closed
+    });
+    assert_eq!(mesh.count("node-1", "not-spliced"), 0);
     for node in mesh.status().nodes {
         assert_eq!(node.status.unwrap().problems, Vec::<String>::new());
     }

@@ -30,9 +30,10 @@ pub(super) struct Mesh {
 }
 
 impl Mesh {
-    /// Starts a mesh with a server and a client, and returns when both run.
-    pub(super) fn start(heddle: &Path, ends: &Ends) -> anyhow::Result<Self> {
-        let mut mesh = Self::up(heddle, &server_and_client(ends))?;
+    /// Starts a mesh with a server and a client, and returns when both run. With `splice` both ask for spliced
+    /// connections.
+    pub(super) fn start(heddle: &Path, ends: &Ends, splice: bool) -> anyhow::Result<Self> {
+        let mut mesh = Self::up(heddle, &server_and_client(ends, splice))?;
         mesh.ends = Some(ends.clone());
         Ok(mesh)
     }
@@ -114,7 +115,7 @@ pub(super) fn time_of_start(heddle: &Path, replicas: u32) -> anyhow::Result<Dura
     Ok(elapsed)
 }
 
-fn server_and_client(ends: &Ends) -> String {
+fn server_and_client(ends: &Ends, splice: bool) -> String {
     let program = ends.program.display();
     let server_arguments = serde_json::json!(ends.server_arguments());
     let accept_port = PORT + ACCEPT_PORT_OFFSET;
@@ -145,7 +146,11 @@ spec:
 ---
 apiVersion: heddle.dev/v1alpha1
 kind: Workload
-metadata: {{name: server, namespace: bench, labels: {{app: server}}}}
+metadata:
+  name: server
+  namespace: bench
+  labels: {{app: server}}
+  annotations: {{heddle.dev/splice: "{splice}"}}
 spec:
   serviceAccountName: server
   command: ["{program}"]
@@ -159,7 +164,11 @@ spec:
 ---
 apiVersion: heddle.dev/v1alpha1
 kind: Workload
-metadata: {{name: client, namespace: bench, labels: {{app: client}}}}
+metadata:
+  name: client
+  namespace: bench
+  labels: {{app: client}}
+  annotations: {{heddle.dev/splice: "{splice}"}}
 spec:
   serviceAccountName: client
   command: ["{idle}", "{forever}"]

@@ -25,6 +25,8 @@ pub struct MapSizes {
     pub datagrams: u32,
     /// Clients times services with session affinity (the least recently used is forgotten).
     pub affinity: u32,
+    /// Spliced connections.
+    pub splices: u32,
     /// Flow records, in bytes; a power of two.
     pub flow_bytes: u32,
 }
@@ -40,6 +42,7 @@ impl Default for MapSizes {
             handshakes: 32_768,
             datagrams: 65_536,
             affinity: 65_536,
+            splices: 16_384,
             flow_bytes: 4 << 20,
         }
     }
@@ -54,7 +57,7 @@ struct Limit {
 }
 
 /// In the order of the fields.
-const LIMITS: [Limit; 9] = [
+const LIMITS: [Limit; 10] = [
     Limit {
         name: "workloads",
         bounds: 1..=65_536,
@@ -94,6 +97,11 @@ const LIMITS: [Limit; 9] = [
         name: "affinity",
         bounds: 1..=4_194_304,
         field: |sizes| &mut sizes.affinity,
+    },
+    Limit {
+        name: "splices",
+        bounds: 1..=1_048_576,
+        field: |sizes| &mut sizes.splices,
     },
     Limit {
         name: FLOW_BYTES,

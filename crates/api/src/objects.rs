@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 pub use service::{
     ClusterIp, IpFamily, IpFamilyPolicy, Service, ServicePort, TargetPort, TrafficDistribution,
 };
-pub use workload::{Workload, WorkloadSpec};
+pub use workload::{SPLICE_ANNOTATION, Workload, WorkloadSpec};
 
 use crate::decode::{Cursor, Fields, Name, one_of, shorten};
 
@@ -292,6 +292,9 @@ impl Metadata {
         };
         let labels = fields.get("labels");
         let annotations = fields.get("annotations");
+        if let Some(annotations) = &annotations {
+            workload::check_annotations(annotations, kind.name);
+        }
         fields.finish();
         Self {
             name,

@@ -31,6 +31,9 @@ pub struct FlowRecord {
     pub protocol: String,
     /// Which of the four paths carried it.
     pub path: String,
+    /// On the direct path: bytes went past the TCP stack (of one that has just been opened: may go).
+    #[serde(default)]
+    pub spliced: bool,
     /// Allowed or denied.
     pub verdict: Verdict,
     /// Why, one word of a fixed set.
@@ -208,6 +211,9 @@ pub struct ExplainedEndpoint {
     pub policy: Option<String>,
     /// The policies that apply to the endpoint, all of them.
     pub policies: Vec<String>,
+    /// Both ends have asked for spliced connections (`heddle.dev/splice`).
+    #[serde(default)]
+    pub spliced: bool,
 }
 
 /// A whole mesh, as `heddle status -o json` prints it.

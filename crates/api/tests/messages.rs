@@ -38,6 +38,39 @@ fn policy(spec: &str) -> String {
 }
 
 #[test]
+fn splice_annotation() {
+    let annotated = |kind: &str, value: &str| {
+        format!(
+            "{kind}metadata:\n  name: web\n  annotations:\n    example.org/note: anything\n    heddle.dev/splice: {value}\n"
+        )
+    };
+    let workload = |value: &str| {
+        let head = "apiVersion: heddle.dev/v1alpha1\nkind: Workload\nspec: {command: [web]}\n";
+        annotated(head, value)
+    };
+    for (text, asks) in [("\"true\"", true), ("\"false\"", false)] {
+        let parsed = parsed(&workload(text));
+        assert!(parsed.problems.is_empty(), "{:?}", parsed.problems);
+        let api::objects::Object::Workload(found) = &parsed.objects[0].object else {
+            panic!("{:?}", parsed.objects[0]);
+        };
+        assert_eq!(found.splice, asks);
+    }
+    case(
+        &workload("yes please"),
+        "8:24: error: Workload default/web: metadata.annotations[\"heddle.dev/splice\"]: \"yes please\" is neither (expected `\"true\"` or `\"false\"`)",
+    );
+    case(
+        &workload("true"),
+        "8:24: error: Workload default/web: metadata.annotations[\"heddle.dev/splice\"]: found the boolean true (expected a string: quote it, \"true\")",
+    );
+    case(
+        &annotated("apiVersion: v1\nkind: ServiceAccount\n", "\"true\""),
+        "7:5: warning: ServiceAccount default/web: metadata.annotations[\"heddle.dev/splice\"]: has no effect on a ServiceAccount, only on a Workload",
+    );
+}
+
+#[test]
 fn object_head() {
     case(
         "apiVersion: v1\nkind: Servce\nmetadata:\n  name: web\n",

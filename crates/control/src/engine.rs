@@ -187,6 +187,7 @@ impl Engine {
             let replica = Replica {
                 spec: spec.clone(),
                 weight: 1,
+                splice: false,
             };
             replicas.insert(spec.uid.clone(), replica);
         }

@@ -19,6 +19,8 @@ pub(crate) struct Replica {
     pub(crate) spec: PodSpec,
     /// Its share of traffic.
     pub(crate) weight: u32,
+    /// Its connections with others that have this may skip the TCP stack.
+    pub(crate) splice: bool,
 }
 
 /// Expands all workloads. `keep` are uids of replicas that may still run: their node stays taken for them.
@@ -103,6 +105,7 @@ fn replica(workload: &Workload, index: u32, placement: &mut Placement) -> Option
     Some(Replica {
         spec: pod,
         weight: spec.weight,
+        splice: workload.splice,
     })
 }
 

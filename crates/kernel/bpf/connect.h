@@ -73,7 +73,8 @@ static __always_inline void keep(struct socket_state *state, const struct decisi
 				 const struct grant *grant)
 {
 	state->grant = *grant;
-	state->flags = SOCKET_ADMITTED | SOCKET_CLIENT;
+	/* What an earlier connection of the socket left in the splice goes when this one begins (tcp.h). */
+	state->flags = SOCKET_ADMITTED | SOCKET_CLIENT | (state->flags & SOCKET_SPLICED);
 	if (d->local)
 		state->flags |= SOCKET_LOCAL;
 	if (d->reply)
@@ -158,7 +159,7 @@ static __always_inline int route_socket(struct bpf_sock_addr *ctx, enum call cal
 	decide(state, &question, d, &grant);
 	if (d->action == ACTION_DENY) {
 		if (call == CALL_CONNECT)
-			state->flags = 0;
+			state->flags &= SOCKET_SPLICED;
 		return refuse_socket(ctx, state, d, &grant, question.protocol);
 	}
 	grant.start_ns = bpf_ktime_get_ns();

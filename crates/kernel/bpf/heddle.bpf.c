@@ -5,6 +5,7 @@
  *   connect.h  the decision, at connect() (decide.h) and for datagrams
  *   datagram.h whom a datagram socket has asked, and what went to and fro
  *   tcp.h      hand-over from client to server, flow records
+ *   splice.h   bytes past the TCP stack, for workloads that ask for it
  *   ingress.h  enforcement where packets arrive
  *   spoof.h    source addresses on the veth
  *   carry.h    what an earlier version left in sockets
@@ -12,6 +13,7 @@
 #include "connect.h"
 #include "ingress.h"
 #include "socket.h"
+#include "splice.h"
 #include "spoof.h"
 #include "tcp.h"
 

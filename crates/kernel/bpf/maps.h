@@ -52,6 +52,22 @@ struct {
 	__type(value, struct peers);
 } peers SEC(".maps");
 
+HASH(splice_pairs, struct splice_connection, struct splice_pair, 16384, BPF_F_NO_PREALLOC);
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SOCKHASH);
+	__uint(max_entries, 32768);
+	__type(key, struct splice_key);
+	__type(value, __u32);
+} splice_sockets SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct splice_state);
+} splices SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 4 * 1024 * 1024);

@@ -8,6 +8,7 @@
 #include "carry.h"
 #include "flow.h"
 #include "socket.h"
+#include "splice.h"
 
 static __always_inline void ops_addresses(struct bpf_sock_ops *ops, struct address *local,
 					  struct address *remote)
@@ -69,6 +70,7 @@ static __always_inline __u64 without(__u64 bytes, int counted)
 static __always_inline void report(struct bpf_sock_ops *ops, struct socket_state *state, __u8 kind)
 {
 	int is_client = state->flags & SOCKET_CLIENT;
+	struct bpf_sock *socket = ops->sk;
 	struct flow_event *event;
 	struct tuple t = {};
 	__u64 sent, received;
@@ -95,10 +97,13 @@ static __always_inline void report(struct bpf_sock_ops *ops, struct socket_state
 	event->bytes_received = is_client ? received : sent;
 	event->srtt_us = CONTEXT_READ(ops, srtt_us) >> 3; /* the kernel keeps it times eight */
 	event->retransmits = CONTEXT_READ(ops, total_retrans);
+	if (socket && (state->flags & SOCKET_SPLICED))
+		splice_report(socket, event);
 	flow_submit(event);
 }
 
-static __always_inline void accept_grant(struct bpf_sock_ops *ops, struct socket_state *state)
+static __always_inline void accept_grant(struct bpf_sock_ops *ops, struct bpf_sock *socket,
+					 struct socket_state *state)
 {
 	struct grant carried = {}, *grant;
 	struct address_entry *known;
@@ -117,6 +122,7 @@ static __always_inline void accept_grant(struct bpf_sock_ops *ops, struct socket
 		OPAQUE(grant);
 		state->grant = *grant;
 		forget_grant(&t);
+		splice_enter(ops, socket, state, &t);
 		return;
 	}
 	known = bpf_map_lookup_elem(&addresses, &t.source);
@@ -145,9 +151,16 @@ static __always_inline void note_fin(struct socket_state *state, __u32 from, __u
 		state->flags |= SOCKET_FIN_RECEIVED;
 }
 
-static __always_inline void on_close(struct bpf_sock_ops *ops, struct socket_state *state)
+static __always_inline void on_close(struct bpf_sock_ops *ops, struct bpf_sock *socket,
+				     struct socket_state *state)
 {
-	report(ops, state, FLOW_CLOSED);
+	__u32 spliced = state->flags & SOCKET_SPLICED;
+
+	/* A spliced connection has a client that makes the record. */
+	if (!spliced || (state->flags & SOCKET_CLIENT))
+		report(ops, state, FLOW_CLOSED);
+	if (spliced)
+		splice_end(socket);
 	if ((state->flags & SOCKET_CLIENT) && !(state->flags & SOCKET_ESTABLISHED)) {
 		struct tuple t = {};
 
@@ -155,7 +168,7 @@ static __always_inline void on_close(struct bpf_sock_ops *ops, struct socket_sta
 		forget_grant(&t);
 	}
 	/* The socket may be used again: it has to ask again. */
-	state->flags = 0;
+	state->flags = spliced;
 }
 
 SEC("sockops")
@@ -164,10 +177,12 @@ int heddle_sockops(struct bpf_sock_ops *ops)
 	__u32 op = CONTEXT_READ(ops, op);
 	struct bpf_sock *socket = ops->sk;
 	struct socket_state *state;
+	struct tuple t = {};
 
 	if (op != BPF_SOCK_OPS_TCP_CONNECT_CB && op != BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB &&
 	    op != BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB && op != BPF_SOCK_OPS_TCP_LISTEN_CB &&
-	    op != BPF_SOCK_OPS_STATE_CB && op != BPF_SOCK_OPS_RTO_CB)
+	    op != BPF_SOCK_OPS_STATE_CB && op != BPF_SOCK_OPS_RTO_CB &&
+	    op != BPF_SOCK_OPS_HDR_OPT_LEN_CB)
 		return 1;
 	if (!socket)
 		return 1;
@@ -176,6 +191,9 @@ int heddle_sockops(struct bpf_sock_ops *ops)
 		return 1;
 	switch (op) {
 	case BPF_SOCK_OPS_TCP_CONNECT_CB:
+		if (state->flags & SOCKET_SPLICED)
+			splice_forget(socket);
+		state->flags &= ~SOCKET_SPLICED;
 		publish_grant(ops, state);
 		break;
 	case BPF_SOCK_OPS_RTO_CB:
@@ -185,19 +203,26 @@ int heddle_sockops(struct bpf_sock_ops *ops)
 		break;
 	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
 		state->flags |= SOCKET_ESTABLISHED;
+		client_tuple(ops, 1, &t);
+		splice_enter(ops, socket, state, &t);
 		report(ops, state, FLOW_OPENED);
 		break;
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
-		accept_grant(ops, state);
+		accept_grant(ops, socket, state);
 		break;
 	case BPF_SOCK_OPS_TCP_LISTEN_CB:
+		if (state->flags & SOCKET_SPLICED)
+			splice_forget(socket);
 		/* A socket that connected before and listens now must not admit what it is sent. */
 		state->flags = 0;
 		break;
 	case BPF_SOCK_OPS_STATE_CB:
 		note_fin(state, CONTEXT_READ(ops, args[0]), CONTEXT_READ(ops, args[1]));
 		if (CONTEXT_READ(ops, args[1]) == BPF_TCP_CLOSE)
-			on_close(ops, state);
+			on_close(ops, socket, state);
+		break;
+	case BPF_SOCK_OPS_HDR_OPT_LEN_CB:
+		splice_note_tcp(ops, socket);
 		break;
 	}
 	return 1;

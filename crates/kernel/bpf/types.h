@@ -60,7 +60,8 @@ enum reason {
 	REASON_EVENT_LOST = 20,
 	REASON_NEEDS_AGENT = 21,
 	REASON_PEERS_FULL = 22,
-	REASON_COUNT = 23,
+	REASON_NOT_SPLICED = 23,
+	REASON_COUNT = 24,
 };
 
 enum flow_kind {
@@ -84,7 +85,10 @@ struct workload_entry {
 	__u32 policy_set[2]; /* the destination half */
 	struct address v4;
 	struct address v6;
+	__u32 flags; /* WORKLOAD_SPLICE */
+	__u32 padding;
 };
+#define WORKLOAD_SPLICE 1 /* connections with others that have it may skip the TCP stack */
 #define FAMILY_V4 0
 #define FAMILY_V6 1
 
@@ -207,6 +211,7 @@ struct test_counter {
 #define SOCKET_FIN_ACKED 32  /* TCP counts a SYN and a FIN as one byte each: these are not payload */
 #define SOCKET_FIN_RECEIVED 64
 #define SOCKET_REPLIES 128   /* a datagram server's, connected to a client that may call it */
+#define SOCKET_SPLICED 256   /* has a state in `splices`, and is or was in `splice_sockets` */
 /* The mark of a connected datagram socket: the number of the service that it asked, or that it SOCKET_REPLIES. */
 #define MARK_REPLIES 0x80000000
 struct socket_state {
@@ -260,6 +265,41 @@ struct datagram_flow {
 	__u16 reason;
 };
 
+/*
+ * splice.h. A connection: its client's tuple and the next sequence number of either side when it was established.
+ */
+struct splice_connection {
+	struct tuple tuple;
+	__u32 client_sequence;
+	__u32 server_sequence;
+};
+#define SPLICE_CLIENT 0
+#define SPLICE_SERVER 1
+
+/* splice_sockets: one end of a spliced connection. */
+struct splice_key {
+	struct splice_connection connection;
+	__u32 side;
+};
+
+/* splice_pairs: what both ends of a spliced connection must know. Indexed by who sends. */
+struct splice_pair {
+	__u64 sent[2]; /* bytes that were spliced */
+	__u64 read[2]; /* how many of them count as read */
+	__u32 ended;   /* the server's side has ended */
+	__u32 padding;
+};
+
+/* splices: one end's own state, kept in the socket. */
+struct splice_state {
+	struct splice_connection connection;
+	__u32 side;
+	__u64 sent;     /* bytes that this end spliced */
+	__u32 over_tcp; /* this end's bytes go over TCP, for good */
+	__u32 padding;
+};
+
+#define FLOW_SPLICED 2 /* in flow_event.flags beside SOCKET_*: flows within a workload (SOCKET_LOCAL) are not told */
 struct flow_event {
 	__u64 time_ns;
 	__u64 duration_ns;

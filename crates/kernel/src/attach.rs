@@ -45,12 +45,17 @@ pub(crate) const CGROUP_PROGRAMS: &[(&str, attach_type)] = &[
 /// The program on every workload's veth.
 pub(crate) const DEVICE_PROGRAM: &str = "heddle_spoof";
 
+/// The program that every send on a spliced socket runs.
+pub(crate) const SPLICE_PROGRAM: &str = "heddle_splice";
+/// The map of spliced sockets, which it is attached to.
+pub(crate) const SPLICE_MAP: &str = "splice_sockets";
+
 /// An attached program, for `heddle status`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AttachedProgram {
     /// Program name.
     pub program: String,
-    /// `cgroup` or `device INDEX`.
+    /// `cgroup`, `map` or `device INDEX`.
     pub target: String,
     /// Its pin.
     pub pin: PathBuf,
@@ -94,6 +99,54 @@ pub(crate) fn to_device(
         target: format!("device {index}"),
         pin,
     })
+}
+
+/// Attaches the splice's program to its map, or replaces the one that is there. Sockets keep the program that they
+/// entered the map under, and with it that program's maps: an update takes nothing from open connections. A map
+/// of sockets cannot be copied into another, so where an update brings a new one, the sockets of the old
+/// one stay spliced until they close.
+pub(crate) fn to_splice_map(
+    links: &Path,
+    program: BorrowedFd<'_>,
+    map: BorrowedFd<'_>,
+    map_id: u32,
+) -> Result<AttachedProgram, KernelError> {
+    let kind = attach_type::BPF_SK_MSG_VERDICT;
+    // The map is part of the name: a link of another map must not be taken for this one's.
+    let pin = links.join(format!("{SPLICE_PROGRAM}-{map_id}"));
+    let outcome = replace_or_create(&pin, SPLICE_PROGRAM, program, || {
+        sys::link_create(program, LinkTarget::Map(map), kind)
+    });
+    match outcome {
+        Err(KernelError::Attach { ref source, .. })
+            if source.raw_os_error() == Some(nix::libc::EINVAL) =>
+        {
+            sys::attach_to_map(program, map, kind).map_err(|source| KernelError::Attach {
+                action: "attach",
+                program: SPLICE_PROGRAM.to_owned(),
+                source,
+            })?;
+        }
+        other => other?,
+    }
+    Ok(AttachedProgram {
+        program: SPLICE_PROGRAM.into(),
+        target: "map".into(),
+        pin,
+    })
+}
+
+/// Forgets links to maps that no program lets sockets into any more.
+pub(crate) fn forget_other_splices(links: &Path, current: &Path) -> io::Result<()> {
+    let prefix = format!("{SPLICE_PROGRAM}-");
+    for entry in fs::read_dir(links)? {
+        let entry = entry?;
+        let is_splice = |name: &str| name.starts_with(&prefix);
+        if entry.file_name().to_str().is_some_and(is_splice) && entry.path() != current {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// Forgets a device's link; the kernel detaches it.

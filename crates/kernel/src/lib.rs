@@ -39,7 +39,8 @@ pub use table::Table;
 pub use types::{
     Action, Address, AddressEntry, CaptureKey, CaptureKind, CgroupEntry, DatagramFlow, DeviceEntry,
     EndpointEntry, FlowEvent, FlowKind, Grant, ServiceEntry, ServiceKey, SlotEntry, SlotKey,
-    SocketClass, SocketState, Tuple, VerdictEntry, VerdictKey, WorkloadEntry,
+    SocketClass, SocketState, SpliceConnection, SplicePair, SpliceState, Tuple, VerdictEntry,
+    VerdictKey, WorkloadEntry,
 };
 pub use usage::MapUse;
 pub use view::{KernelView, ServiceTargets, Targets};

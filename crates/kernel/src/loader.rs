@@ -156,6 +156,8 @@ impl Kernel {
         })?;
         migrate::publish(&mut self.places)?;
         self.attached.clear();
+        // Before the programs that let sockets into its map.
+        let splice = self.attach_splice()?;
         for device in attach::devices(&links).map_err(|source| self.pin_folder(source))? {
             self.attach_device(device)?;
         }
@@ -164,7 +166,31 @@ impl Kernel {
             let attached = attach::to_cgroup(&links, name, *kind, program.as_fd(), cgroup.as_fd())?;
             self.attached.push(attached);
         }
-        Ok(())
+        attach::forget_other_splices(&links, &splice).map_err(|source| self.pin_folder(source))
+    }
+
+    /// Returns the link's pin.
+    fn attach_splice(&mut self) -> Result<PathBuf, KernelError> {
+        let program = program(&self.object, attach::SPLICE_PROGRAM)?;
+        let Some(Map::SockHash(map)) = self.object.map(attach::SPLICE_MAP) else {
+            return Err(KernelError::Missing {
+                kind: "map",
+                name: attach::SPLICE_MAP.into(),
+            });
+        };
+        let id = map
+            .info()
+            .map_err(|source| KernelError::map(attach::SPLICE_MAP, source))?
+            .id();
+        let attached = attach::to_splice_map(
+            &links_dir(&self.config),
+            program.as_fd(),
+            map.fd().as_fd(),
+            id,
+        )?;
+        let pin = attached.pin.clone();
+        self.attached.push(attached);
+        Ok(pin)
     }
 
     /// Guards a device (an index in the caller's network namespace) against spoofed sources.
@@ -451,6 +477,7 @@ fn load(program: &mut Program) -> Result<(), ProgramError> {
         Program::CgroupSkb(program) => program.load(),
         Program::SockOps(program) => program.load(),
         Program::SchedClassifier(program) => program.load(),
+        Program::SkMsg(program) => program.load(),
         other => unreachable!(
             "heddle.bpf.c has no program of type {:?}",
             other.prog_type()

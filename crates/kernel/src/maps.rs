@@ -45,6 +45,9 @@ pub(crate) enum Keep {
     Lru,
     /// Kept in the sockets themselves, and begun anew with another layout: what is lost is asked for again.
     Forgotten,
+    /// Written by programs for open connections, whose sockets keep the programs that they began under, and with
+    /// them this map: they go on in it, and only new ones enter the new map (a map of sockets cannot be copied).
+    Left,
     /// Written by programs, and nothing may be lost: the new programs look into the earlier map as well (`carry.h`),
     /// and what is still in it when all links are switched is copied.
     Handshakes,
@@ -59,7 +62,7 @@ pub(crate) enum Keep {
 
 /// Every map. What a program of ours declares is here, or loading fails.
 pub(crate) const MAPS: &[MapSpec] = {
-    use Keep::{Cache, Copied, Counters, Forgotten, Handshakes, Lru, Ring, Sockets};
+    use Keep::{Cache, Copied, Counters, Forgotten, Handshakes, Left, Lru, Ring, Sockets};
     const fn of(
         name: &'static str,
         keep: Keep,
@@ -92,6 +95,9 @@ pub(crate) const MAPS: &[MapSpec] = {
         of("peers", Forgotten, None, |_| 0),
         of(HANDSHAKES, Handshakes, Some(HANDSHAKES), |s| s.handshakes),
         of(SOCKETS, Sockets, None, |_| 0),
+        of(SPLICE_PAIRS, Left, Some("splices"), |s| s.splices),
+        of("splice_sockets", Left, Some("splices"), |s| s.splices * 2),
+        of(SPLICES, Left, None, |_| 0),
         of("reasons", Counters, None, |_| Reason::ALL.len() as u32 * 2),
         of("flows", Ring, Some("flow_bytes"), |s| s.flow_bytes),
     ]
@@ -104,6 +110,10 @@ pub(crate) fn spec(name: &str) -> Option<&'static MapSpec> {
 
 pub(crate) const HANDSHAKES: &str = "handshakes";
 pub(crate) const SOCKETS: &str = "sockets";
+/// One entry per spliced connection.
+pub(crate) const SPLICE_PAIRS: &str = "splice_pairs";
+/// State of spliced sockets.
+pub(crate) const SPLICES: &str = "splices";
 /// What programs call the earlier versions of [`SOCKETS`], the newest first, and of [`HANDSHAKES`].
 pub(crate) const SOCKETS_BEFORE: [&str; 2] = ["sockets_before", "sockets_before_2"];
 pub(crate) const HANDSHAKES_BEFORE: [&str; 2] = ["handshakes_before", "handshakes_before_2"];

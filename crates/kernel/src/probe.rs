@@ -31,6 +31,7 @@ pub fn missing_features() -> Vec<String> {
             "sockops",
             "CONFIG_CGROUP_BPF and CONFIG_NET",
         ),
+        (ProgramType::SkMsg, "sk_msg", "CONFIG_NET_SOCK_MSG"),
         (
             ProgramType::SchedClassifier,
             "tc",

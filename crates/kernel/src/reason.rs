@@ -59,6 +59,7 @@ reasons! {
     EventLost = 20, "REASON_EVENT_LOST", "event-lost", "A flow record found no room in the ring buffer.";
     NeedsAgent = 21, "REASON_NEEDS_AGENT", "needs-agent", "Policy depends on the client's address, and no agent listener is there to look at it.";
     PeersFull = 22, "REASON_PEERS_FULL", "peers-full", "One datagram socket asked more peers within a minute than there is room for.";
+    NotSpliced = 23, "REASON_NOT_SPLICED", "not-spliced", "A connection was to be spliced, and the kernel had no room for it: TCP carries it.";
 }
 
 #[cfg(test)]

@@ -16,7 +16,7 @@ use aya::Pod;
 use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd};
 use nix::libc;
 
-/// Attaches `program` to a cgroup (a descriptor) or a device (its index in the caller's network namespace).
+/// Attaches `program` to a cgroup or a map of sockets (a descriptor) or a device (its index in the caller's network namespace).
 pub(crate) fn link_create(
     program: BorrowedFd<'_>,
     target: LinkTarget<'_>,
@@ -26,7 +26,7 @@ pub(crate) fn link_create(
     attr.link_create.__bindgen_anon_1.prog_fd = program.as_raw_fd() as u32;
     attr.link_create.attach_type = attach_type as u32;
     match target {
-        LinkTarget::Cgroup(fd) => {
+        LinkTarget::Cgroup(fd) | LinkTarget::Map(fd) => {
             attr.link_create.__bindgen_anon_2.target_fd = fd.as_raw_fd() as u32;
         }
         LinkTarget::Device(index) => attr.link_create.__bindgen_anon_2.target_ifindex = index,
@@ -39,7 +39,22 @@ pub(crate) fn link_create(
 /// What a link binds a program to.
 pub(crate) enum LinkTarget<'a> {
     Cgroup(BorrowedFd<'a>),
+    Map(BorrowedFd<'a>),
     Device(u32),
+}
+
+/// Makes `program` the one of a map of sockets, in place of an earlier one. It stays as long as the map does: the way
+/// of kernels that have no links for such maps (before Linux 6.10).
+pub(crate) fn attach_to_map(
+    program: BorrowedFd<'_>,
+    map: BorrowedFd<'_>,
+    attach_type: bpf_attach_type,
+) -> io::Result<()> {
+    let mut attr = empty();
+    attr.__bindgen_anon_5.__bindgen_anon_1.target_fd = map.as_raw_fd() as u32;
+    attr.__bindgen_anon_5.attach_bpf_fd = program.as_raw_fd() as u32;
+    attr.__bindgen_anon_5.attach_type = attach_type as u32;
+    call(bpf_cmd::BPF_PROG_ATTACH, &mut attr).map(drop)
 }
 
 /// Replaces a link's program in one step: every packet and call sees the old one or the new one.

@@ -150,6 +150,10 @@ plain! {
         pub v4: Address,
         /// IPv6 address, zero if none.
         pub v6: Address,
+        /// [`WorkloadEntry::SPLICE`].
+        pub flags: u32,
+        /// Zero.
+        pub padding: u32,
     }
 
     /// Whose address it is.
@@ -344,6 +348,42 @@ plain! {
         pub reason: u16,
     }
 
+    /// A spliced connection, which a later one between the same ports is not.
+    pub struct SpliceConnection {
+        /// The connection as its client sees it.
+        pub tuple: Tuple,
+        /// The client's next sequence number when the connection was established.
+        pub client_sequence: u32,
+        /// The server's.
+        pub server_sequence: u32,
+    }
+
+    /// What is kept in a spliced socket (map `splices`): TCP counts none of these bytes.
+    pub struct SpliceState {
+        /// The connection.
+        pub connection: SpliceConnection,
+        /// 0 in the client's socket, 1 in the server's.
+        pub side: u32,
+        /// Bytes that this end has spliced.
+        pub sent: u64,
+        /// Not 0: what this end sends goes over TCP, for good.
+        pub over_tcp: u32,
+        /// Zero.
+        pub padding: u32,
+    }
+
+    /// What both ends of a spliced connection share (map `splice_pairs`); 0 is the client's direction, 1 the server's.
+    pub struct SplicePair {
+        /// Bytes spliced.
+        pub sent: [u64; 2],
+        /// How many of them count as read.
+        pub read: [u64; 2],
+        /// Not 0: the server's side has ended.
+        pub ended: u32,
+        /// Zero.
+        pub padding: u32,
+    }
+
     /// One flow record, as the kernel wrote it.
     pub struct FlowEvent {
         /// CLOCK_MONOTONIC, nanoseconds.
@@ -394,6 +434,24 @@ plain! {
         /// Socket flags of `bpf/types.h`.
         pub flags: u8,
     }
+}
+
+impl SpliceState {
+    /// Reads a value of the storage; `None` if it is not of this shape.
+    #[must_use]
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        if bytes.len() != size_of::<Self>() {
+            return None;
+        }
+        // SAFETY: the length was checked, the struct is plain data, and read_unaligned asks for no
+        // alignment.
+        Some(unsafe { bytes.as_ptr().cast::<Self>().read_unaligned() })
+    }
+}
+
+impl WorkloadEntry {
+    /// Connections with other workloads that have it may skip the TCP stack.
+    pub const SPLICE: u32 = 1;
 }
 
 impl AddressEntry {
@@ -496,6 +554,8 @@ impl SocketState {
 
 impl FlowEvent {
     const CLOSED: u8 = 1;
+    /// In [`FlowEvent::flags`]: bytes went past the TCP stack.
+    pub const SPLICED: u8 = 2;
     const ESTABLISHED: u8 = 8;
     const UDP: u8 = 17;
 
@@ -555,6 +615,12 @@ impl FlowEvent {
             4 => Some(FlowKind::Opened),
             _ => None,
         }
+    }
+
+    /// Whether bytes went, or (where the connection has just been opened) may go, past the TCP stack.
+    #[must_use]
+    pub fn spliced(&self) -> bool {
+        self.flags & Self::SPLICED != 0
     }
 
     /// Whether the handshake had completed.
@@ -618,7 +684,9 @@ mod tests {
                 source,
                 policy_set,
                 v4,
-                v6
+                v6,
+                flags,
+                padding
             }
         );
         check!("address_entry", AddressEntry { workload, flags });
@@ -768,6 +836,33 @@ mod tests {
                 packets_received,
                 original_port,
                 reason
+            }
+        );
+        check!(
+            "splice_connection",
+            SpliceConnection {
+                tuple,
+                client_sequence,
+                server_sequence
+            }
+        );
+        check!(
+            "splice_state",
+            SpliceState {
+                connection,
+                side,
+                sent,
+                over_tcp,
+                padding
+            }
+        );
+        check!(
+            "splice_pair",
+            SplicePair {
+                sent,
+                read,
+                ended,
+                padding
             }
         );
         check!(

@@ -35,6 +35,7 @@ impl MapUse {
             setting: place.spec.setting,
             without_room: match place.spec.keep {
                 Keep::Lru => None,
+                Keep::Left => Some("connections that find no room go over TCP"),
                 Keep::Cache => Some("records that find no room are lost"),
                 _ => Some("what finds no room is refused"),
             },
@@ -78,7 +79,9 @@ impl Kernel {
             let entries = match place.spec.keep {
                 Keep::Copied => continue,
                 Keep::Sockets | Keep::Forgotten | Keep::Ring | Keep::Counters => None,
-                Keep::Cache | Keep::Lru | Keep::Handshakes => {
+                // A map of sockets cannot be read; the pairs have as many entries as there are connections.
+                Keep::Left if place.spec.name != maps::SPLICE_PAIRS => None,
+                Keep::Cache | Keep::Lru | Keep::Handshakes | Keep::Left => {
                     let map = sys::open_pin(&place.path).map_err(failed(place))?;
                     Some(raw::count(map.as_fd()).map_err(failed(place))?)
                 }

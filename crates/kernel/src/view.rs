@@ -14,8 +14,8 @@ use aya::{
 
 use crate::{
     Address, AddressEntry, CgroupEntry, DatagramFlow, Datagrams, EndpointEntry, KernelError,
-    ServiceEntry, ServiceKey, SlotEntry, SlotKey, SocketClass, Tuple, VerdictEntry, VerdictKey,
-    WorkloadEntry,
+    ServiceEntry, ServiceKey, SlotEntry, SlotKey, SocketClass, SpliceConnection, SplicePair, Tuple,
+    VerdictEntry, VerdictKey, WorkloadEntry, maps,
 };
 
 /// How often a table that is switched while it is read is read again.
@@ -32,8 +32,16 @@ pub struct KernelView {
     slots: BpfHashMap<MapData, SlotKey, SlotEntry>,
     endpoints: BpfHashMap<MapData, u32, EndpointEntry>,
     datagrams: Datagrams,
-    sockets: MapData,
-    sockets_id: u32,
+    splice_pairs: BpfHashMap<MapData, SpliceConnection, SplicePair>,
+    sockets: Storage,
+    splices: Storage,
+}
+
+/// A map whose values are kept in sockets.
+#[derive(Debug)]
+struct Storage {
+    map: MapData,
+    id: u32,
 }
 
 /// The endpoints that a service's port leads to now.
@@ -47,11 +55,6 @@ pub struct ServiceTargets {
 
 impl KernelView {
     pub(crate) fn of(object: &Ebpf) -> Result<Self, KernelError> {
-        let sockets = duplicate(object, "sockets")?;
-        let sockets_id = sockets
-            .info()
-            .map_err(|source| KernelError::map("sockets", source))?
-            .id();
         Ok(Self {
             cgroups: hash_map(object, "cgroups")?,
             addresses: hash_map(object, "addresses")?,
@@ -61,8 +64,9 @@ impl KernelView {
             slots: hash_map(object, "slots")?,
             endpoints: hash_map(object, "endpoints")?,
             datagrams: Datagrams::new(hash_map(object, "datagrams")?),
-            sockets,
-            sockets_id,
+            splice_pairs: hash_map(object, maps::SPLICE_PAIRS)?,
+            sockets: Storage::of(object, maps::SOCKETS)?,
+            splices: Storage::of(object, maps::SPLICES)?,
         })
     }
 
@@ -158,13 +162,35 @@ impl KernelView {
     /// The map that keeps a [`crate::SocketState`] in every socket.
     #[must_use]
     pub fn sockets(&self) -> BorrowedFd<'_> {
-        self.sockets.fd().as_fd()
+        self.sockets.map.fd().as_fd()
     }
 
     /// That map's number.
     #[must_use]
     pub fn sockets_id(&self) -> u32 {
-        self.sockets_id
+        self.sockets.id
+    }
+
+    /// The map that keeps a [`crate::SpliceState`] in every spliced socket.
+    #[must_use]
+    pub fn splices(&self) -> BorrowedFd<'_> {
+        self.splices.map.fd().as_fd()
+    }
+
+    /// That map's number.
+    #[must_use]
+    pub fn splices_id(&self) -> u32 {
+        self.splices.id
+    }
+
+    /// Bytes that the client and the server of a connection have spliced so far: TCP counts none of them. `None` once the
+    /// client has closed.
+    ///
+    /// # Errors
+    /// Fails if the kernel refuses the read.
+    pub fn spliced(&self, connection: &SpliceConnection) -> Result<Option<[u64; 2]>, KernelError> {
+        let pair = find(&self.splice_pairs, maps::SPLICE_PAIRS, connection)?;
+        Ok(pair.map(|pair| pair.sent))
     }
 
     /// `None` if it is not there any more.
@@ -189,6 +215,15 @@ impl KernelView {
             targets.insert((endpoint.address, endpoint.port));
         }
         Ok(Some(targets))
+    }
+}
+
+impl Storage {
+    fn of(object: &Ebpf, name: &'static str) -> Result<Self, KernelError> {
+        let map = duplicate(object, name)?;
+        let info = map.info();
+        let id = info.map_err(|source| KernelError::map(name, source))?.id();
+        Ok(Self { map, id })
     }
 }
 

@@ -19,7 +19,9 @@ use std::{
 };
 
 use api::report::FlowRecord;
-use kernel::{FlowEvent, Grant, KernelError, KernelView, ServiceKey, SocketClass, SocketState};
+use kernel::{
+    FlowEvent, Grant, KernelError, KernelView, ServiceKey, SocketClass, SocketState, SpliceState,
+};
 use linux::{
     netns::Netns,
     sock_diag::{Dumped, Family, Protocol, Request, SockDiag, Socket, State, States},
@@ -65,6 +67,9 @@ pub(crate) struct Connection {
     pub(crate) protocol: Protocol,
     pub(crate) socket: Socket,
     pub(crate) state: SocketState,
+    /// Bytes of the client and of the server that went past TCP; `None` if the connection is not spliced, or if
+    /// figures were not asked for.
+    pub(crate) spliced: Option<[u64; 2]>,
 }
 
 impl Connections {
@@ -167,6 +172,7 @@ impl Connections {
                 },
                 figures,
                 storages: match protocol {
+                    Protocol::Tcp if figures => vec![self.view.sockets(), self.view.splices()],
                     Protocol::Tcp => vec![self.view.sockets()],
                     // The kernel does not tell them.
                     Protocol::Udp => Vec::new(),
@@ -180,14 +186,16 @@ impl Connections {
                         .and_then(SocketState::from_bytes)),
                     Protocol::Udp => self.state_of_datagrams(&socket),
                 };
-                match state {
-                    Ok(Some(state)) => visit(Connection {
+                let spliced = self.spliced(&socket);
+                match (state, spliced) {
+                    (Ok(Some(state)), Ok(spliced)) => visit(Connection {
                         protocol,
                         socket,
                         state,
+                        spliced,
                     }),
-                    Ok(None) => {}
-                    Err(error) => failure = Some(error),
+                    (Ok(None), _) => {}
+                    (Err(error), _) | (_, Err(error)) => failure = Some(error),
                 }
             })?;
             if let Some(error) = failure {
@@ -197,6 +205,15 @@ impl Connections {
             all.interrupted |= dumped.interrupted;
         }
         Ok(all)
+    }
+
+    /// What went past TCP, of a socket whose splice state was asked for.
+    fn spliced(&self, socket: &Socket) -> Result<Option<[u64; 2]>, KernelError> {
+        let state = socket.storage(self.view.splices_id());
+        match state.and_then(SpliceState::from_bytes) {
+            Some(state) => self.view.spliced(&state.connection),
+            None => Ok(None),
+        }
     }
 
     /// What the connect hook keeps in a datagram socket, put together from what the kernel does tell: the cgroup, the
@@ -272,6 +289,12 @@ impl Connection {
         } else {
             (received, sent)
         };
+        let [from_client, from_server] = self.spliced.unwrap_or_default();
+        let spliced = if self.spliced.is_some() {
+            FlowEvent::SPLICED
+        } else {
+            0
+        };
         FlowEvent {
             time_ns: now_ns,
             duration_ns: match grant.start_ns {
@@ -279,8 +302,8 @@ impl Connection {
                 start => now_ns.saturating_sub(start),
             },
             cookie: self.socket.cookie,
-            bytes_sent,
-            bytes_received,
+            bytes_sent: bytes_sent + from_client,
+            bytes_received: bytes_received + from_server,
             source: source.ip().into(),
             destination: destination.ip().into(),
             original: grant.original,
@@ -302,7 +325,7 @@ impl Connection {
             },
             // Both fit: see bpf/types.h.
             socket_class: self.state.socket_class as u8,
-            flags: self.state.flags as u8,
+            flags: self.state.flags as u8 | spliced,
         }
     }
 }

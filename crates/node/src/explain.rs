@@ -7,7 +7,7 @@ use api::{
     pod::Protocol,
     report::{ExplainedEndpoint, Explanation, FlowEnd, Verdict},
 };
-use kernel::{Action, Reason, SocketClass, VerdictEntry, VerdictKey};
+use kernel::{Action, Reason, SocketClass, VerdictEntry, VerdictKey, WorkloadEntry};
 
 use crate::{
     dataplane::{DataPlane, SharedEndpoint, endpoints},
@@ -215,6 +215,9 @@ fn judge_all(
                 .into_iter()
                 .map(|(name, _)| name.clone())
                 .collect(),
+            spliced: allowed
+                && protocol == Protocol::Tcp
+                && may_splice(dataplane, source, workload),
         });
     }
     summary
@@ -272,6 +275,19 @@ fn verdict(
         reason,
         dataplane.names.policy(policy),
     )
+}
+
+/// Whether both ask for spliced connections, as the kernel has it. Within one workload nothing is spliced.
+fn may_splice(dataplane: &DataPlane, source: &Workload, destination: &Workload) -> bool {
+    let asks = |workload: &Workload| {
+        let local = dataplane.local(&workload.pod())?;
+        let entry = dataplane.kernel.tables.workloads.read(&local.id)?;
+        (entry.flags & WorkloadEntry::SPLICE != 0).then_some(local.id)
+    };
+    match (asks(source), asks(destination)) {
+        (Some(from), Some(to)) => from != to,
+        _ => false,
+    }
 }
 
 fn end(workload: &Workload, config: &NodeConfig, address: Option<IpAddr>, port: u16) -> FlowEnd {

@@ -239,6 +239,7 @@ impl Scribe {
             service: self.names.service(event.service),
             protocol: if event.is_datagram() { "UDP" } else { "TCP" }.into(),
             path: if refused { "none" } else { "direct" }.into(),
+            spliced: !refused && event.spliced(),
             verdict: if refused {
                 Verdict::Denied
             } else {

@@ -265,7 +265,8 @@ pub(crate) struct Talk {
 }
 
 impl Talk {
-    fn with(mut child: Child) -> Self {
+    /// With a program whose input and output are pipes.
+    pub(crate) fn with(mut child: Child) -> Self {
         let input = child.stdin.take();
         let output = BufReader::new(child.stdout.take().unwrap());
         Self {

@@ -13,6 +13,8 @@ use crate::{
     pod::{PodFile, PodPort, Probe, Resources, RestartPolicy},
 };
 
+/// The annotation that asks for spliced connections: `"true"` or `"false"`.
+pub const SPLICE_ANNOTATION: &str = "heddle.dev/splice";
 /// Most replicas of one workload.
 const MAX_REPLICAS: u32 = 500;
 /// Longest name: a replica's name adds `-` and up to three digits and must stay a DNS label.
@@ -29,6 +31,8 @@ pub struct Workload {
     pub metadata: Metadata,
     /// The rest.
     pub spec: WorkloadSpec,
+    /// Connections with other workloads that have this may skip the TCP stack ([`SPLICE_ANNOTATION`]).
+    pub splice: bool,
 }
 
 /// See [`Workload`].
@@ -82,7 +86,34 @@ impl Workload {
         if let Some(cursor) = fields.require("spec", "a mapping with `command`") {
             spec.decode(&cursor);
         }
-        Self { metadata, spec }
+        let splice = metadata
+            .annotations
+            .get(SPLICE_ANNOTATION)
+            .is_some_and(|value| value == "true");
+        Self {
+            metadata,
+            spec,
+            splice,
+        }
+    }
+}
+
+/// Looks at the annotations of any object: the one that [`Workload`] knows must be one of its two values, and be
+/// where it has a meaning.
+pub(super) fn check_annotations(annotations: &Cursor<'_>, kind: &str) {
+    if !matches!(annotations.node().value, crate::yaml::Value::Mapping(_)) {
+        return;
+    }
+    for (key, place, value) in annotations.entries() {
+        let Some(text) = value.node().as_str().filter(|_| key == SPLICE_ANNOTATION) else {
+            continue;
+        };
+        if kind != "Workload" {
+            place.warn(format!("has no effect on a {kind}, only on a Workload"));
+        } else if !matches!(text, "true" | "false") {
+            let found = shorten(text);
+            value.error(format!("{found} is neither"), "`\"true\"` or `\"false\"`");
+        }
     }
 }
 

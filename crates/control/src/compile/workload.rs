@@ -112,6 +112,7 @@ pub(crate) fn resource(
     let options = WorkloadOptions {
         draining: state.draining,
         replica_of: spec.workload.clone(),
+        splice: replica.splice,
     };
     let message = Workload {
         name: spec.name.clone(),

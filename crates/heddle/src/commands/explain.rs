@@ -58,7 +58,12 @@ fn print(answer: &Explanation) {
         Some(service) => println!("to        {} (service {service})", answer.asked),
         None => println!("to        {}", answer.asked),
     }
-    println!("path      {}", answer.path);
+    let spliced = answer.endpoints.iter().filter(|end| end.spliced).count();
+    match spliced {
+        0 => println!("path      {}", answer.path),
+        all if all == answer.endpoints.len() => println!("path      {} (spliced)", answer.path),
+        some => println!("path      {} (spliced to {some} endpoints)", answer.path),
+    }
     println!(
         "outcome   {} ({}: {})",
         answer.outcome, answer.reason, answer.text

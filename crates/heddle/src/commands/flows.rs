@@ -115,8 +115,9 @@ fn text(record: &FlowRecord) -> String {
         .as_ref()
         .map(|name| format!(" by {name}"))
         .unwrap_or_default();
+    let spliced = if record.spliced { " (spliced)" } else { "" };
     let mut line = format!(
-        "{} {event:<7} {} -> {}{service} path={} reason={}{policy}",
+        "{} {event:<7} {} -> {}{service} path={}{spliced} reason={}{policy}",
         time_of_day(record.time_ms),
         full(&record.source),
         full(&record.destination),

@@ -26,6 +26,7 @@ fn larger(config: &KernelConfig) -> KernelConfig {
             verdicts: sizes.verdicts * 2,
             handshakes: sizes.handshakes * 2,
             datagrams: sizes.datagrams * 2,
+            splices: sizes.splices * 2,
             affinity: sizes.affinity * 2,
             flow_bytes: sizes.flow_bytes * 2,
         },

@@ -130,6 +130,7 @@ impl World {
                 addresses: 64,
                 handshakes: 1024,
                 datagrams: 64,
+                splices: 64,
                 affinity: 64,
                 flow_bytes: 1 << 20,
             },

@@ -227,6 +227,11 @@ impl<'a> Compiler<'a> {
             netns: local.netns,
             v4: local.address(0).map(Into::into).unwrap_or_default(),
             v6: local.address(1).map(Into::into).unwrap_or_default(),
+            flags: if workload.options.splice {
+                WorkloadEntry::SPLICE
+            } else {
+                0
+            },
             ..WorkloadEntry::default()
         };
         for family in [0, 1] {

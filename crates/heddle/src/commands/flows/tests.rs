@@ -27,6 +27,7 @@ pub(super) fn record() -> FlowRecord {
         destination: end("web", 8000),
         service: Some("shop/front".into()),
         protocol: "TCP".into(),
+        spliced: false,
         path: "direct".into(),
         verdict: Verdict::Allowed,
         reason: "policy-allow".into(),

@@ -151,6 +151,7 @@ fn connection(protocol: Protocol, v6: bool, is_client: bool) -> Connection {
             local,
             remote,
         ),
+        spliced: None,
         state: SocketState {
             workload: if is_client { CLIENT } else { SERVER },
             socket_class: SocketClass::App as u32,
