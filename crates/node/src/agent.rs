@@ -76,7 +76,7 @@ pub async fn run(config: NodeConfig) -> Result<(), NodeError> {
         "make {}",
         config.state_dir.display()
     )))?;
-    let ids = Ids::open(&config.state_dir.join("ids.json"))?;
+    let mut ids = Ids::open(&config.state_dir.join("ids.json"))?;
     let (kernel, reader) = Kernel::open(KernelConfig {
         pin_dir: config.pin_dir.clone(),
         cgroup: config.cgroup.clone(),
@@ -88,6 +88,8 @@ pub async fn run(config: NodeConfig) -> Result<(), NodeError> {
             path: config.state_dir.display().to_string(),
         });
     }
+    // An agent that cannot keep numbers must not begin to take the earlier one's rules away.
+    ids.save()?;
     let (mesh, node) = (config.mesh.clone(), config.node.clone());
     let mut dataplane = DataPlane::new(kernel, ids, mesh, node.clone(), Arc::clone(&names));
     let own_cgroup = config.cgroup.join("agent");
