@@ -18,7 +18,7 @@ use crate::harness::{
 
 const NODE: &str = "node-1";
 const REFUSED: &str = "ECONNREFUSED";
-const MAPS: [&str; 16] = [
+const MAPS: [&str; 19] = [
     "addresses",
     "affinity",
     "capture",
@@ -33,6 +33,9 @@ const MAPS: [&str; 16] = [
     "services",
     "slots",
     "sockets",
+    "splice_pairs",
+    "splice_sockets",
+    "splices",
     "verdicts",
     "workloads",
 ];

@@ -1,6 +1,9 @@
 //! The first bytes of a stress connection: which run, and which connection of it.
 
-use std::io::{self, Read, Write};
+use std::{
+    io::{self, Read, Write},
+    time::{Duration, Instant},
+};
 
 const MAGIC: u64 = u64::from_be_bytes(*b"heddle/1");
 pub(super) const LENGTH: usize = 24;
@@ -53,7 +56,10 @@ impl Header {
 }
 
 impl Opening {
-    pub(super) fn read(stream: &mut impl Read) -> io::Result<Self> {
+    /// Reads from a blocking stream that gives up after `patience`. A spliced one may return sooner without anything
+    /// (a reset does that: docs/splice.md), and tells what it was with the next call.
+    pub(super) fn read(stream: &mut impl Read, patience: Duration) -> io::Result<Self> {
+        let begun = Instant::now();
         let mut bytes = [0; LENGTH];
         let mut filled = 0;
         while filled < LENGTH {
@@ -65,6 +71,10 @@ impl Opening {
                 }
                 Ok(count) => filled += count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // The kernel's clock ticks coarsely.
+                Err(error)
+                    if error.kind() == io::ErrorKind::WouldBlock
+                        && begun.elapsed() < patience / 20 * 19 => {}
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
                     return Ok(Self::BrokenOff);
                 }
@@ -79,22 +89,27 @@ impl Opening {
 mod tests {
     use super::*;
 
+    const PATIENCE: Duration = Duration::from_secs(10);
+
     #[test]
     fn a_header_survives_the_wire() {
         let header = Header {
             seed: 1,
             number: u64::MAX,
         };
-        let opening = Opening::read(&mut header.bytes().as_slice()).unwrap();
+        let opening = Opening::read(&mut header.bytes().as_slice(), PATIENCE).unwrap();
         assert_eq!(opening, Opening::Header(header));
     }
 
     #[test]
     fn what_is_no_header_is_told_apart() {
-        assert_eq!(Opening::read(&mut [].as_slice()).unwrap(), Opening::Empty);
-        let cut = Opening::read(&mut [1, 2, 3].as_slice()).unwrap_err();
+        assert_eq!(
+            Opening::read(&mut [].as_slice(), PATIENCE).unwrap(),
+            Opening::Empty
+        );
+        let cut = Opening::read(&mut [1, 2, 3].as_slice(), PATIENCE).unwrap_err();
         assert_eq!(cut.kind(), io::ErrorKind::UnexpectedEof);
-        let other = Opening::read(&mut [0; LENGTH].as_slice()).unwrap_err();
+        let other = Opening::read(&mut [0; LENGTH].as_slice(), PATIENCE).unwrap_err();
         assert_eq!(other.kind(), io::ErrorKind::InvalidData);
     }
 }

@@ -110,7 +110,7 @@ enum Served {
 fn serve(mut stream: TcpStream, peer: SocketAddr, buffers: &mut Buffers) -> Served {
     let opening = stream
         .set_read_timeout(Some(DEADLINE))
-        .and_then(|()| Opening::read(&mut stream));
+        .and_then(|()| Opening::read(&mut stream, DEADLINE));
     let header = match opening {
         Ok(Opening::Header(header)) => header,
         Ok(Opening::Empty) => return Served::Planned(Scenario::Empty, 0, Totals::default()),
