@@ -42,6 +42,7 @@ missing_debian_packages() {
     have redis-server || echo redis-server
     have redis-cli || echo redis-tools
     have wrk || echo wrk
+    have ip && have ss || echo iproute2
     have curl || echo curl
     [ -x "$venv/bin/python" ] || debian_python_makes_venvs || echo python3-venv
 }
