@@ -132,8 +132,7 @@ fn successors_take_nothing_from_open_connections() {
     }
 }
 
-/// Records of connections that have ended.
-/// Records of connections that stood: a client may knock before its server listens.
+/// Records of connections that stood and have ended: a client may knock before its server listens.
 fn closed(flows: &mut FlowReader) -> Vec<FlowEvent> {
     let closed = |event: &FlowEvent| event.kind() == Some(FlowKind::Closed) && event.established();
     let events: Vec<FlowEvent> = flows.filter(closed).collect();
