@@ -306,7 +306,7 @@ class Client:
 
     def key(self):
         self.count += 1
-        return f"{random.SystemRandom().getrandbits(64):x}"
+        return f"{random.SystemRandom().getrandbits(64):016x}"
 
 
 def run_echo(client, blocking="yes"):
