@@ -79,6 +79,8 @@ static __always_inline void keep(struct socket_state *state, const struct decisi
 		state->flags |= SOCKET_LOCAL;
 	if (d->reply)
 		state->flags |= SOCKET_REPLIES;
+	if (d->captured)
+		state->flags |= SOCKET_CAPTURED;
 	if (d->port != grant->original_port || !address_equal(&d->destination, &grant->original))
 		state->flags |= SOCKET_REDIRECTED;
 }

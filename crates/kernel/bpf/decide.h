@@ -16,7 +16,7 @@ struct decision {
 	__u8 action; /* enum action; ACTION_DENY leaves the rest unset */
 	__u8 local;  /* stays inside the workload */
 	__u8 reply;  /* a datagram back to a client that may ask */
-	__u8 padding;
+	__u8 captured; /* led to the agent, which is told of it */
 };
 
 /* What asks for a decision, and of what. */
@@ -154,15 +154,43 @@ static __always_inline void park(struct decision *d, const struct workload_entry
 }
 
 static __always_inline void redirect_to_own(struct decision *d, const struct workload_entry *self,
-					    __u32 workload, __u32 kind, __u16 missing)
+					    __u32 workload, __u32 kind, __u16 missing,
+					    struct grant *grant)
 {
-	if (!capture_target(workload, kind, &d->port)) {
+	__u16 port;
+
+	if (!capture_target(workload, kind, &port)) {
 		d->reason = missing;
 		return;
 	}
+	if (kind == CAPTURE_AGENT) {
+		grant->target = d->destination;
+		grant->target_port = d->port;
+		d->captured = 1;
+	}
+	d->port = port;
 	d->destination = address_is_v4(&d->destination) ? self->v4 : self->v6;
 	d->action = kind == CAPTURE_L7 ? ACTION_L7 : ACTION_AGENT;
 	d->local = 1;
+}
+
+/*
+ * Whether the server's node is known to refuse this connection: then the program hears it from connect(), with the policy
+ * that says so. Anything but a known refusal is left to that node.
+ */
+static __always_inline int refused_there(const struct address_entry *target, struct decision *d,
+					 struct grant *grant, __u8 socket_class)
+{
+	struct verdict_entry *verdict;
+
+	if (!target->policy_set)
+		return 0;
+	verdict = find_verdict(grant->source, target->policy_set, d->port, socket_class);
+	if (!verdict || verdict->action != ACTION_DENY)
+		return 0;
+	grant->policy = verdict->policy;
+	d->reason = verdict->reason;
+	return 1;
 }
 
 /*
@@ -216,7 +244,8 @@ static __always_inline void decide(const struct socket_state *state, const struc
 		 * unless that server is a service or a workload of the mesh. */
 		if (!bpf_map_lookup_elem(&services, &key) &&
 		    !bpf_map_lookup_elem(&addresses, &d->destination)) {
-			redirect_to_own(d, self, workload, CAPTURE_DNS, REASON_NO_CAPTURE_TARGET);
+			redirect_to_own(d, self, workload, CAPTURE_DNS, REASON_NO_CAPTURE_TARGET,
+					grant);
 			return;
 		}
 	}
@@ -242,8 +271,8 @@ static __always_inline void decide(const struct socket_state *state, const struc
 	if (!(target->flags & ADDRESS_LOCAL)) {
 		if (datagram)
 			d->reason = REASON_UDP_NOT_CARRIED;
-		else
-			redirect_to_own(d, self, workload, CAPTURE_AGENT, REASON_NO_TUNNEL);
+		else if (!refused_there(target, d, grant, state->socket_class))
+			redirect_to_own(d, self, workload, CAPTURE_AGENT, REASON_NO_TUNNEL, grant);
 		return;
 	}
 	if (peer_id == workload) { /* a service that led back to its caller */
@@ -275,7 +304,7 @@ static __always_inline void decide(const struct socket_state *state, const struc
 	else if (datagram) /* proxies carry no datagrams, so one that must be looked at goes nowhere */
 		d->reason = REASON_NO_CAPTURE_TARGET;
 	else if (verdict->action == ACTION_L7)
-		redirect_to_own(d, self, workload, CAPTURE_L7, REASON_NO_CAPTURE_TARGET);
+		redirect_to_own(d, self, workload, CAPTURE_L7, REASON_NO_CAPTURE_TARGET, grant);
 	else if (verdict->action == ACTION_AGENT)
-		redirect_to_own(d, self, workload, CAPTURE_AGENT, REASON_NO_CAPTURE_TARGET);
+		redirect_to_own(d, self, workload, CAPTURE_AGENT, REASON_NO_CAPTURE_TARGET, grant);
 }

@@ -17,9 +17,6 @@
 #include "flow.h"
 #include "socket.h"
 
-/* The identity id of peers that nobody vouches for. */
-#define SOURCE_ANONYMOUS 0
-
 /* RFC 9293, 3.1 */
 #define TCP_FLAGS_OFFSET 13
 #define TCP_FLAG_SYN_BIT 2
@@ -192,6 +189,28 @@ static __always_inline int is_late(struct __sk_buff *skb, struct bpf_sock *socke
 	return known && (known->flags & ADDRESS_LOCAL);
 }
 
+static __always_inline int segment_in(struct __sk_buff *skb, struct bpf_sock *socket,
+				      const struct tuple *t, struct socket_state *state,
+				      __u32 headers)
+{
+	struct grant carried = {}, *grant = find_grant(t, &carried);
+
+	if (!grant)
+		return is_late(skb, socket, t, headers) || admit_anonymous(t, IPPROTO_TCP, state);
+	OPAQUE(grant);
+	if (grant->destination_workload != state->workload)
+		return refuse_packet(t, IPPROTO_TCP, state, grant, REASON_PEER_NOT_ATTESTED);
+	return 1;
+}
+
+static __always_inline int refuse_unknown(const struct tuple *t, __u8 protocol,
+					  struct socket_state *state)
+{
+	struct grant none = {};
+
+	return refuse_packet(t, protocol, state, &none, REASON_PROTOCOL_NOT_CARRIED);
+}
+
 /* A socket that no sock_create saw (it was made before the programs were attached). */
 static __always_inline struct socket_state *late_state(struct bpf_sock *socket)
 {
@@ -212,7 +231,6 @@ int heddle_ingress(struct __sk_buff *skb)
 	struct bpf_sock *socket = skb->sk;
 	struct socket_state buffer = {}, *state;
 	struct tuple t = {};
-	struct grant none = {}, carried = {}, *grant;
 	__u32 headers = 0;
 	__u8 protocol = 0;
 
@@ -228,26 +246,22 @@ int heddle_ingress(struct __sk_buff *skb)
 		}
 	}
 	OPAQUE(state);
-	if (state->socket_class == CLASS_AGENT)
-		return 1;
+	if (state->socket_class == CLASS_AGENT) {
+		/* What the agent delivers is for a program. Had it found no room for its grant, it would be steered back to the
+		 * agent, and delivered again. Dropped, it is tried again, and so is its grant. */
+		return socket->state != BPF_TCP_LISTEN ||
+		       (skb->mark & DELIVERY_MASK) != DELIVERY_MARK;
+	}
 	if ((state->flags & SOCKET_ADMITTED) && socket->state != BPF_TCP_LISTEN &&
 	    socket->protocol == IPPROTO_TCP)
 		return 1;
 	if (!packet_tuple(skb, &t, &protocol, &headers))
-		return refuse_packet(&t, protocol, state, &none, REASON_PROTOCOL_NOT_CARRIED);
+		return refuse_unknown(&t, protocol, state);
 	/* Such packets cannot come from outside: the kernel drops them as martians. */
 	if (address_is_loopback(&t.source) || address_is_loopback(&t.destination) ||
 	    address_equal(&t.source, &t.destination))
 		return 1;
 	if (protocol == IPPROTO_UDP)
 		return datagram_in(skb, socket, &t, state, headers);
-	grant = find_grant(&t, &carried);
-	if (!grant && is_late(skb, socket, &t, headers))
-		return 1;
-	if (!grant)
-		return admit_anonymous(&t, protocol, state);
-	OPAQUE(grant);
-	if (grant->destination_workload != state->workload)
-		return refuse_packet(&t, protocol, state, grant, REASON_PEER_NOT_ATTESTED);
-	return 1;
+	return segment_in(skb, socket, &t, state, headers);
 }

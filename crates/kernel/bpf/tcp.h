@@ -50,7 +50,7 @@ static __always_inline void publish_grant(struct bpf_sock_ops *ops, struct socke
 	struct tuple t = {};
 	struct grant grant;
 
-	if (state->flags & SOCKET_LOCAL)
+	if ((state->flags & SOCKET_LOCAL) && !(state->flags & SOCKET_PUBLISHES))
 		return;
 	client_tuple(ops, 1, &t);
 	grant = state->grant;
@@ -122,6 +122,9 @@ static __always_inline void accept_grant(struct bpf_sock_ops *ops, struct bpf_so
 		OPAQUE(grant);
 		state->grant = *grant;
 		forget_grant(&t);
+		/* From the agent, which judges, records and ends it. */
+		if (!state->grant.source_workload)
+			state->flags |= SOCKET_LOCAL;
 		splice_enter(ops, socket, state, &t);
 		return;
 	}
@@ -138,6 +141,45 @@ static __always_inline void accept_grant(struct bpf_sock_ops *ops, struct bpf_so
 	state->grant.destination_workload = state->workload;
 	bpf_sock_ops_cb_flags_set(ops, BPF_SOCK_OPS_STATE_CB_FLAG);
 	report(ops, state, FLOW_OPENED);
+}
+
+/* The agent connects to a program for a client of another node. Any other connection of the agent's needs no grant. */
+static __always_inline void begin_delivery(struct bpf_sock_ops *ops, struct bpf_sock *socket,
+					   struct socket_state *state)
+{
+	__u32 mark = socket->mark;
+	struct tuple t = {};
+
+	state->flags = SOCKET_ADMITTED | SOCKET_LOCAL | SOCKET_CLIENT;
+	if ((mark & DELIVERY_MASK) != DELIVERY_MARK)
+		return;
+	client_tuple(ops, 1, &t);
+	__builtin_memset(&state->grant, 0, sizeof(state->grant));
+	state->grant.start_ns = bpf_ktime_get_ns();
+	state->grant.original = t.destination;
+	state->grant.original_port = t.destination_port;
+	state->grant.destination_workload = mark & ~DELIVERY_MASK;
+	state->grant.reason = REASON_DELIVERED;
+	state->flags |= SOCKET_DELIVERS;
+}
+
+/* The agent accepts: what was captured has a grant, anything else has not. */
+static __always_inline void accept_captured(struct bpf_sock_ops *ops, struct socket_state *state)
+{
+	struct grant carried = {}, *grant;
+	struct tuple t = {};
+
+	/* The state is a copy of the listener's: nothing of the connection is in it yet. */
+	state->flags = SOCKET_ESTABLISHED | SOCKET_ADMITTED | SOCKET_LOCAL;
+	client_tuple(ops, 0, &t);
+	grant = find_grant(&t, &carried);
+	if (!grant) {
+		__builtin_memset(&state->grant, 0, sizeof(state->grant));
+		return;
+	}
+	OPAQUE(grant);
+	state->grant = *grant;
+	forget_grant(&t);
 }
 
 /* Notes whose FIN has been counted. After a reset in the middle of a close it may be one too many. */
@@ -187,17 +229,19 @@ int heddle_sockops(struct bpf_sock_ops *ops)
 	if (!socket)
 		return 1;
 	state = own_state(socket);
-	if (!state || state->socket_class == CLASS_AGENT)
+	if (!state)
 		return 1;
 	switch (op) {
 	case BPF_SOCK_OPS_TCP_CONNECT_CB:
 		if (state->flags & SOCKET_SPLICED)
 			splice_forget(socket);
 		state->flags &= ~SOCKET_SPLICED;
+		if (state->socket_class == CLASS_AGENT)
+			begin_delivery(ops, socket, state);
 		publish_grant(ops, state);
 		break;
 	case BPF_SOCK_OPS_RTO_CB:
-		/* Asked for only by a client whose handshake found no room. */
+		/* Asked for only by one whose handshake found no room. */
 		if (!(state->flags & SOCKET_ESTABLISHED))
 			publish_grant(ops, state);
 		break;
@@ -208,7 +252,10 @@ int heddle_sockops(struct bpf_sock_ops *ops)
 		report(ops, state, FLOW_OPENED);
 		break;
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
-		accept_grant(ops, socket, state);
+		if (state->socket_class == CLASS_AGENT)
+			accept_captured(ops, state);
+		else
+			accept_grant(ops, socket, state);
 		break;
 	case BPF_SOCK_OPS_TCP_LISTEN_CB:
 		if (state->flags & SOCKET_SPLICED)

@@ -61,7 +61,8 @@ enum reason {
 	REASON_NEEDS_AGENT = 21,
 	REASON_PEERS_FULL = 22,
 	REASON_NOT_SPLICED = 23,
-	REASON_COUNT = 24,
+	REASON_DELIVERED = 24,
+	REASON_COUNT = 25,
 };
 
 enum flow_kind {
@@ -70,6 +71,14 @@ enum flow_kind {
 	FLOW_REFUSED_INGRESS = 3, /* refused where it arrived */
 	FLOW_OPENED = 4,          /* a connection was established, or a first datagram let in */
 };
+
+/* The identity id of peers that nobody vouches for. */
+#define SOURCE_ANONYMOUS 0
+
+/* TCP ports of every workload that the agent listens on: captured connections, what is steered, HBONE. */
+#define PORT_OUTBOUND 15001
+#define PORT_INBOUND 15006
+#define PORT_HBONE 15008
 
 /* cgroups: cgroup id -> who lives there. */
 struct cgroup_entry {
@@ -97,6 +106,7 @@ struct workload_entry {
 struct address_entry {
 	__u32 workload;
 	__u32 flags;
+	__u32 policy_set; /* of another node's workload, if its refusals are known here; 0: unknown */
 };
 
 struct service_key {
@@ -186,6 +196,9 @@ struct grant {
 	__u32 service;
 	__u16 original_port;
 	__u16 reason;
+	struct address target; /* a captured connection's: the endpoint that was chosen */
+	__u16 target_port;
+	__u16 padding[3];
 };
 
 /* handshakes: connections between SYN and accept, so that the server's side knows its peer. */
@@ -212,8 +225,18 @@ struct test_counter {
 #define SOCKET_FIN_RECEIVED 64
 #define SOCKET_REPLIES 128   /* a datagram server's, connected to a client that may call it */
 #define SOCKET_SPLICED 256   /* has a state in `splices`, and is or was in `splice_sockets` */
+#define SOCKET_CAPTURED 512  /* a program's, led to the agent */
+#define SOCKET_DELIVERS 1024 /* the agent's, to a program of this node, under a client's address */
+/* Of those that stay within one workload, these tell the other side of them what was decided. */
+#define SOCKET_PUBLISHES (SOCKET_CAPTURED | SOCKET_DELIVERS)
 /* The mark of a connected datagram socket: the number of the service that it asked, or that it SOCKET_REPLIES. */
 #define MARK_REPLIES 0x80000000
+/* The mark of the agent's sockets that SOCKET_DELIVERS: beside it the number of the workload, which has fewer bits. A route
+ * to the workload itself goes by it, in the way back as well. No datagram socket's mark has both bits: services are
+ * numbered from 1 upwards. */
+#define DELIVERY_MARK 0xc0000000
+#define DELIVERY_MASK 0xc0000000
+_Static_assert((MARK_REPLIES & DELIVERY_MASK) != DELIVERY_MARK, "a datagram would take a delivery's route");
 struct socket_state {
 #ifdef HEDDLE_TEST_LAYOUT
 	__u32 test_layout[3];

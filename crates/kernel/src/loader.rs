@@ -287,7 +287,7 @@ fn open(
     let places = maps::places(&config.pin_dir, &config.sizes, &definitions)?;
     let mut object = load_object(&image, &places, Links::Earlier)?;
     migrate::fill(&places)?;
-    let view = Arc::new(KernelView::of(&object)?);
+    let view = Arc::new(KernelView::of(&object, &places)?);
     let mut opener = Opener {
         object: &mut object,
         places: &places,

@@ -178,6 +178,19 @@ pub(crate) fn lookup(map: BorrowedFd<'_>, key: &[u8], size: usize) -> io::Result
     }
 }
 
+/// As [`lookup`], into a buffer of the caller's that is large enough: for what is asked once per connection.
+pub(crate) fn lookup_into(map: BorrowedFd<'_>, key: &[u8], buffer: &mut [u8]) -> io::Result<bool> {
+    let mut attr = empty();
+    attr.__bindgen_anon_2.map_fd = map.as_raw_fd() as u32;
+    attr.__bindgen_anon_2.key = key.as_ptr() as u64;
+    attr.__bindgen_anon_2.__bindgen_anon_1.value = buffer.as_mut_ptr() as u64;
+    match call(bpf_cmd::BPF_MAP_LOOKUP_ELEM, &mut attr) {
+        Ok(_) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 /// Removes an entry. Returns whether it was there.
 pub(crate) fn delete(map: BorrowedFd<'_>, key: &[u8]) -> io::Result<bool> {
     let mut attr = empty();

@@ -60,6 +60,7 @@ reasons! {
     NeedsAgent = 21, "REASON_NEEDS_AGENT", "needs-agent", "Policy depends on the client's address, and no agent listener is there to look at it.";
     PeersFull = 22, "REASON_PEERS_FULL", "peers-full", "One datagram socket asked more peers within a minute than there is room for.";
     NotSpliced = 23, "REASON_NOT_SPLICED", "not-spliced", "A connection was to be spliced, and the kernel had no room for it: TCP carries it.";
+    Delivered = 24, "REASON_DELIVERED", "delivered", "The agent delivers it for a client of another node, and has judged it.";
 }
 
 #[cfg(test)]

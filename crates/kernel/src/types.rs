@@ -162,6 +162,8 @@ plain! {
         pub workload: u32,
         /// [`AddressEntry::LOCAL`] for workloads of this node.
         pub flags: u32,
+        /// For workloads of other nodes: the destination half of verdicts that refuse at once. 0 leaves all to that node.
+        pub policy_set: u32,
     }
 
     /// A service's address and port.
@@ -298,6 +300,12 @@ plain! {
         pub original_port: u16,
         /// [`crate::Reason`].
         pub reason: u16,
+        /// Of a captured connection: the endpoint that was chosen for it, or the address that was dialled.
+        pub target: Address,
+        /// Its port.
+        pub target_port: u16,
+        /// Zero.
+        pub padding: [u16; 3],
     }
 
     /// What is kept in a socket.
@@ -473,6 +481,7 @@ impl SocketState {
     const FIN_RECEIVED: u32 = 64;
 
     const REPLIES: u32 = 128;
+    const CAPTURED: u32 = 512;
     const MARK_REPLIES: u32 = 0x8000_0000;
 
     /// What the connect hook keeps of a connected datagram socket, as far as the socket's mark tells it.
@@ -528,6 +537,12 @@ impl SocketState {
     #[must_use]
     pub fn is_local(&self) -> bool {
         self.flags & Self::LOCAL != 0
+    }
+
+    /// A program's, led to the agent, which judges it, records it and ends it.
+    #[must_use]
+    pub fn is_captured(&self) -> bool {
+        self.flags & Self::CAPTURED != 0
     }
 
     /// It connected; the other side of a connection was accepted.

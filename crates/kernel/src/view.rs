@@ -4,7 +4,8 @@
 use std::{
     collections::{HashMap, HashSet},
     hash::Hash,
-    os::fd::{AsFd, BorrowedFd},
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
 };
 
 use aya::{
@@ -13,9 +14,11 @@ use aya::{
 };
 
 use crate::{
-    Address, AddressEntry, CgroupEntry, DatagramFlow, Datagrams, EndpointEntry, KernelError,
-    ServiceEntry, ServiceKey, SlotEntry, SlotKey, SocketClass, SpliceConnection, SplicePair, Tuple,
-    VerdictEntry, VerdictKey, WorkloadEntry, maps,
+    Address, AddressEntry, CgroupEntry, DatagramFlow, Datagrams, EndpointEntry, Grant, KernelError,
+    ServiceEntry, ServiceKey, SlotEntry, SlotKey, SocketClass, SocketState, SpliceConnection,
+    SplicePair, Tuple, VerdictEntry, VerdictKey, WorkloadEntry, btf,
+    maps::{self, Place},
+    raw,
 };
 
 /// How often a table that is switched while it is read is read again.
@@ -34,6 +37,8 @@ pub struct KernelView {
     datagrams: Datagrams,
     splice_pairs: BpfHashMap<MapData, SpliceConnection, SplicePair>,
     sockets: Storage,
+    /// The newest first; see `carry.h`.
+    earlier_sockets: Vec<EarlierStorage>,
     splices: Storage,
 }
 
@@ -42,7 +47,19 @@ pub struct KernelView {
 struct Storage {
     map: MapData,
     id: u32,
+    value_size: usize,
 }
+
+/// An earlier version's, with how its values become ours.
+#[derive(Debug)]
+struct EarlierStorage {
+    map: OwnedFd,
+    value_size: usize,
+    plan: Vec<Option<u32>>,
+}
+
+/// More than a socket's state takes in any version (`CARRY_BYTES` in `carry.h`).
+const STATE_BYTES: usize = 256;
 
 /// The endpoints that a service's port leads to now.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,7 +71,7 @@ pub struct ServiceTargets {
 }
 
 impl KernelView {
-    pub(crate) fn of(object: &Ebpf) -> Result<Self, KernelError> {
+    pub(crate) fn of(object: &Ebpf, places: &[Place]) -> Result<Self, KernelError> {
         Ok(Self {
             cgroups: hash_map(object, "cgroups")?,
             addresses: hash_map(object, "addresses")?,
@@ -66,6 +83,7 @@ impl KernelView {
             datagrams: Datagrams::new(hash_map(object, "datagrams")?),
             splice_pairs: hash_map(object, maps::SPLICE_PAIRS)?,
             sockets: Storage::of(object, maps::SOCKETS)?,
+            earlier_sockets: earlier_sockets(places)?,
             splices: Storage::of(object, maps::SPLICES)?,
         })
     }
@@ -171,6 +189,33 @@ impl KernelView {
         self.sockets.id
     }
 
+    /// What the programs know of a connection that the agent has accepted: for one that was led there, what its client asked
+    /// for. `None` if nobody vouches for it. One call into the kernel.
+    ///
+    /// # Errors
+    /// Fails if the kernel refuses the read, or it is no socket.
+    pub fn accepted_grant(&self, socket: BorrowedFd<'_>) -> Result<Option<Grant>, KernelError> {
+        let state = self.state_of(socket).map_err(failed_on_sockets)?;
+        Ok(state
+            .map(|state| state.grant)
+            .filter(|grant| grant.start_ns != 0))
+    }
+
+    fn state_of(&self, socket: BorrowedFd<'_>) -> io::Result<Option<SocketState>> {
+        let key = socket.as_raw_fd().to_ne_bytes();
+        let mut buffer = [0u8; STATE_BYTES];
+        if raw::lookup_into(self.sockets(), &key, &mut buffer)? {
+            return Ok(SocketState::from_bytes(&buffer[..self.sockets.value_size]));
+        }
+        for earlier in &self.earlier_sockets {
+            if raw::lookup_into(earlier.map.as_fd(), &key, &mut buffer)? {
+                let state = btf::convert(&earlier.plan, &buffer[..earlier.value_size]);
+                return Ok(SocketState::from_bytes(&state));
+            }
+        }
+        Ok(None)
+    }
+
     /// The map that keeps a [`crate::SpliceState`] in every spliced socket.
     #[must_use]
     pub fn splices(&self) -> BorrowedFd<'_> {
@@ -223,8 +268,42 @@ impl Storage {
         let map = duplicate(object, name)?;
         let info = map.info();
         let id = info.map_err(|source| KernelError::map(name, source))?.id();
-        Ok(Self { map, id })
+        let value_size = bounded(map.fd().as_fd())?;
+        Ok(Self {
+            map,
+            id,
+            value_size,
+        })
     }
+}
+
+fn earlier_sockets(places: &[Place]) -> Result<Vec<EarlierStorage>, KernelError> {
+    let place = places.iter().find(|place| place.spec.name == maps::SOCKETS);
+    let mut storages = Vec::new();
+    for earlier in place.iter().flat_map(|place| &place.earlier) {
+        if let Some(plans) = &earlier.plans {
+            storages.push(EarlierStorage {
+                map: earlier.map.try_clone().map_err(failed_on_sockets)?,
+                value_size: bounded(earlier.map.as_fd())?,
+                plan: plans.value.clone(),
+            });
+        }
+    }
+    Ok(storages)
+}
+
+/// How large a storage's values are: no larger than the buffer that they are read into.
+fn bounded(storage: BorrowedFd<'_>) -> Result<usize, KernelError> {
+    let size = raw::shape(storage).map_err(failed_on_sockets)?.value_size;
+    if size > STATE_BYTES {
+        let error = io::Error::other(format!("values of {size} bytes are larger than any known"));
+        return Err(failed_on_sockets(error));
+    }
+    Ok(size)
+}
+
+fn failed_on_sockets(source: io::Error) -> KernelError {
+    KernelError::map(maps::SOCKETS, MapError::IoError(source))
 }
 
 /// The answer of [`KernelView::targets`].

@@ -156,7 +156,7 @@ fn a_successor_takes_links_and_maps_over() {
             std::net::Ipv4Addr::LOCALHOST.into(),
             AddressEntry {
                 workload: 7,
-                flags: 0,
+                ..AddressEntry::default()
             },
         )
         .unwrap();
@@ -256,7 +256,10 @@ fn many_entries_at_once_are_what_one_by_one_makes() {
     let (mut kernel, _flows) = Kernel::open(ground.config()).unwrap();
     let addresses = &mut kernel.tables.addresses;
     let key = |number: u32| kernel::Address::from(std::net::Ipv4Addr::from(number));
-    let entry = |workload| AddressEntry { workload, flags: 0 };
+    let entry = |workload| AddressEntry {
+        workload,
+        ..AddressEntry::default()
+    };
     // More than one call takes, and one key twice: the later value stays.
     let all = (0..10_000).map(|number| (key(number), entry(number)));
     addresses
@@ -310,7 +313,7 @@ fn pinned_maps_show_what_the_agent_wrote_and_what_it_takes() {
     assert_eq!(maps.address(address), None);
     let entry = AddressEntry {
         workload: 7,
-        flags: 0,
+        ..AddressEntry::default()
     };
     kernel.tables.addresses.set(address, entry).unwrap();
     assert_eq!(maps.address(address), Some(entry));

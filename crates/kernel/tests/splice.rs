@@ -232,6 +232,7 @@ impl World {
             let entry = AddressEntry {
                 workload: id,
                 flags: AddressEntry::LOCAL,
+                ..AddressEntry::default()
             };
             tables.addresses.set(address, entry).unwrap();
         }

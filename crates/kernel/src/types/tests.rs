@@ -27,6 +27,19 @@ fn a_syn_and_a_fin_are_no_payload() {
     assert_eq!(SocketState::from_bytes(&[0; 3]), None);
 }
 
+#[test]
+fn a_deliverys_mark_says_for_which_workload_and_is_no_datagrams() {
+    assert_eq!(crate::delivery_mark(0), None);
+    assert_eq!(crate::delivery_mark(1), Some(0xc000_0001));
+    let last = !crate::DELIVERY_MASK;
+    assert_eq!(crate::delivery_mark(last), Some(u32::MAX));
+    assert_eq!(crate::delivery_mark(last + 1), None);
+    assert_ne!(
+        SocketState::MARK_REPLIES & crate::DELIVERY_MASK,
+        crate::DELIVERY_MARK
+    );
+}
+
 /// Both declarations must agree: clang checks every size and offset that rustc computed.
 #[test]
 fn layout_is_that_of_the_c_header() {
@@ -57,7 +70,14 @@ fn layout_is_that_of_the_c_header() {
             padding
         }
     );
-    check!("address_entry", AddressEntry { workload, flags });
+    check!(
+        "address_entry",
+        AddressEntry {
+            workload,
+            flags,
+            policy_set
+        }
+    );
     check!(
         "service_key",
         ServiceKey {
@@ -156,7 +176,10 @@ fn layout_is_that_of_the_c_header() {
             policy,
             service,
             original_port,
-            reason
+            reason,
+            target,
+            target_port,
+            padding
         }
     );
     writeln!(
@@ -184,6 +207,12 @@ fn layout_is_that_of_the_c_header() {
         ("SOCKET_FIN_ACKED", SocketState::FIN_ACKED),
         ("SOCKET_FIN_RECEIVED", SocketState::FIN_RECEIVED),
         ("SOCKET_REPLIES", SocketState::REPLIES),
+        ("SOCKET_CAPTURED", SocketState::CAPTURED),
+        ("DELIVERY_MARK", crate::DELIVERY_MARK),
+        ("DELIVERY_MASK", crate::DELIVERY_MASK),
+        ("PORT_OUTBOUND", crate::ports::OUTBOUND.into()),
+        ("PORT_INBOUND", crate::ports::INBOUND.into()),
+        ("PORT_HBONE", crate::ports::HBONE.into()),
         ("MARK_REPLIES", SocketState::MARK_REPLIES),
     ] {
         writeln!(source, "_Static_assert({name} == {flag}, \"{name}\");").unwrap();

@@ -176,6 +176,7 @@ impl World {
             let entry = AddressEntry {
                 workload: id,
                 flags: AddressEntry::LOCAL,
+                ..AddressEntry::default()
             };
             tables.addresses.set(v4(address), entry).unwrap();
         }

@@ -76,6 +76,7 @@ impl Addresses {
             let entry = wanted.as_ref().map(|wanted| AddressEntry {
                 workload: wanted.id,
                 flags: if wanted.local { AddressEntry::LOCAL } else { 0 },
+                policy_set: 0,
             });
             let outcome = entry.map(|entry| tables.addresses.set((*address).into(), entry));
             failure = failure.or(outcome.and_then(Result::err));
