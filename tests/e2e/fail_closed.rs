@@ -18,7 +18,7 @@ use crate::harness::{
 
 const NODE: &str = "node-1";
 const REFUSED: &str = "ECONNREFUSED";
-const MAPS: [&str; 19] = [
+const MAPS: [&str; 20] = [
     "addresses",
     "affinity",
     "capture",
@@ -28,6 +28,7 @@ const MAPS: [&str; 19] = [
     "endpoints",
     "flows",
     "handshakes",
+    "inbound",
     "peers",
     "reasons",
     "services",

@@ -7,6 +7,7 @@
  *   tcp.h      hand-over from client to server, flow records
  *   splice.h   bytes past the TCP stack, for workloads that ask for it
  *   ingress.h  enforcement where packets arrive
+ *   steer.h    what goes to the agent's listener instead of a program's
  *   spoof.h    source addresses on the veth
  *   carry.h    what an earlier version left in sockets
  */
@@ -15,6 +16,7 @@
 #include "socket.h"
 #include "splice.h"
 #include "spoof.h"
+#include "steer.h"
 #include "tcp.h"
 
 char license_text[] SEC("license") = "GPL";

@@ -74,6 +74,14 @@ struct {
 	__type(value, struct flow_event); /* says how records are laid out; a ring has no values */
 } flows SEC(".maps");
 
+/* By workload: the agent's listener that the namespace's connections are steered to (steer.h). */
+struct {
+	__uint(type, BPF_MAP_TYPE_SOCKHASH);
+	__uint(max_entries, 1024);
+	__type(key, __u32);
+	__type(value, __u32);
+} inbound SEC(".maps");
+
 /* An earlier version's `sockets` and `handshakes` (carry.h), whose values may be laid out differently. Without one
  * they are empty, and no program looks into them. */
 struct {

@@ -11,7 +11,7 @@ use aya_obj::generated::bpf_attach_type as attach_type;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    KernelError,
+    KernelError, raw,
     sys::{self, LinkTarget},
 };
 
@@ -45,6 +45,9 @@ pub(crate) const CGROUP_PROGRAMS: &[(&str, attach_type)] = &[
 /// The program on every workload's veth.
 pub(crate) const DEVICE_PROGRAM: &str = "heddle_spoof";
 
+/// The program in every workload's network namespace.
+pub(crate) const STEER_PROGRAM: &str = "heddle_steer";
+
 /// The program that every send on a spliced socket runs.
 pub(crate) const SPLICE_PROGRAM: &str = "heddle_splice";
 /// The map of spliced sockets, which it is attached to.
@@ -55,7 +58,7 @@ pub(crate) const SPLICE_MAP: &str = "splice_sockets";
 pub struct AttachedProgram {
     /// Program name.
     pub program: String,
-    /// `cgroup`, `map` or `device INDEX`.
+    /// `cgroup`, `map`, `device INDEX` or `workload NUMBER`.
     pub target: String,
     /// Its pin.
     pub pin: PathBuf,
@@ -99,6 +102,72 @@ pub(crate) fn to_device(
         target: format!("device {index}"),
         pin,
     })
+}
+
+/// Attaches the steering program to a workload's network namespace, or replaces it. A link to another namespace, which a
+/// number of the workload's may have had before, gives way.
+pub(crate) fn to_namespace(
+    links: &Path,
+    workload: u32,
+    program: BorrowedFd<'_>,
+    netns: BorrowedFd<'_>,
+) -> Result<AttachedProgram, KernelError> {
+    let pin = namespace_pin(links, workload);
+    if pin.exists() && !is_of_namespace(&pin, netns).map_err(failed("look at", STEER_PROGRAM))? {
+        fs::remove_file(&pin).map_err(failed("remove the dead link of", STEER_PROGRAM))?;
+    }
+    replace_or_create(&pin, STEER_PROGRAM, program, || {
+        sys::link_create(
+            program,
+            LinkTarget::Namespace(netns),
+            attach_type::BPF_SK_LOOKUP,
+        )
+    })?;
+    Ok(steering(workload, pin))
+}
+
+/// Replaces the steering program where it is attached already. `None` if the namespace is gone, and with it the link.
+pub(crate) fn renew_namespace(
+    links: &Path,
+    workload: u32,
+    program: BorrowedFd<'_>,
+) -> Result<Option<AttachedProgram>, KernelError> {
+    let pin = namespace_pin(links, workload);
+    let renewed = replace(&pin, STEER_PROGRAM, program)?;
+    Ok(renewed.then(|| steering(workload, pin)))
+}
+
+fn steering(workload: u32, pin: PathBuf) -> AttachedProgram {
+    AttachedProgram {
+        program: STEER_PROGRAM.into(),
+        target: format!("workload {workload}"),
+        pin,
+    }
+}
+
+fn is_of_namespace(pin: &Path, netns: BorrowedFd<'_>) -> io::Result<bool> {
+    let link = sys::open_pin(pin)?;
+    let attached = raw::namespace_of_link(link.as_fd())?;
+    let wanted = nix::sys::stat::fstat(netns)?.st_ino;
+    Ok(u64::from(attached) == wanted)
+}
+
+/// Forgets a workload's link; the kernel detaches it. Returns where its pin was.
+pub(crate) fn from_namespace(links: &Path, workload: u32) -> io::Result<PathBuf> {
+    let pin = namespace_pin(links, workload);
+    match fs::remove_file(&pin) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(pin),
+    }
+}
+
+/// Workloads that have a pinned link.
+pub(crate) fn steered(links: &Path) -> io::Result<Vec<u32>> {
+    numbered(links, "steer-")
+}
+
+fn namespace_pin(links: &Path, workload: u32) -> PathBuf {
+    links.join(format!("steer-{workload}"))
 }
 
 /// Attaches the splice's program to its map, or replaces the one that is there. Sockets keep the program that they
@@ -159,10 +228,15 @@ pub(crate) fn from_device(links: &Path, index: u32) -> io::Result<()> {
 
 /// Device indexes that have a pinned link.
 pub(crate) fn devices(links: &Path) -> io::Result<Vec<u32>> {
+    numbered(links, "device-")
+}
+
+/// The numbers in names of pins that begin so.
+fn numbered(links: &Path, prefix: &str) -> io::Result<Vec<u32>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(links)? {
         let name = entry?.file_name();
-        let index = name.to_str().and_then(|name| name.strip_prefix("device-"));
+        let index = name.to_str().and_then(|name| name.strip_prefix(prefix));
         found.extend(index.and_then(|index| index.parse::<u32>().ok()));
     }
     Ok(found)
@@ -178,24 +252,32 @@ fn replace_or_create(
     program: BorrowedFd<'_>,
     create: impl FnOnce() -> io::Result<OwnedFd>,
 ) -> Result<(), KernelError> {
-    let failed = |action| {
-        move |source| KernelError::Attach {
-            action,
-            program: name.to_owned(),
-            source,
-        }
-    };
-    if pin.exists() {
-        let link = sys::open_pin(pin).map_err(failed("open the pinned link of"))?;
-        match sys::link_update(link.as_fd(), program) {
-            Ok(()) => return Ok(()),
-            // The cgroup or device that it was attached to is gone: the link is an empty shell.
-            Err(error) if error.raw_os_error() == Some(nix::libc::ENOLINK) => {
-                fs::remove_file(pin).map_err(failed("remove the dead link of"))?;
-            }
-            Err(error) => return Err(failed("replace")(error)),
-        }
+    if pin.exists() && replace(pin, name, program)? {
+        return Ok(());
     }
-    let link = create().map_err(failed("attach"))?;
-    sys::pin(link.as_fd(), pin).map_err(failed("pin"))
+    let link = create().map_err(failed("attach", name))?;
+    sys::pin(link.as_fd(), pin).map_err(failed("pin", name))
+}
+
+/// Returns false if what it was attached to is gone: then so is the pin.
+fn replace(pin: &Path, name: &str, program: BorrowedFd<'_>) -> Result<bool, KernelError> {
+    let link = sys::open_pin(pin).map_err(failed("open the pinned link of", name))?;
+    match sys::link_update(link.as_fd(), program) {
+        Ok(()) => Ok(true),
+        // The cgroup, device or namespace is gone: the link is an empty shell.
+        Err(error) if error.raw_os_error() == Some(nix::libc::ENOLINK) => {
+            fs::remove_file(pin).map_err(failed("remove the dead link of", name))?;
+            Ok(false)
+        }
+        Err(error) => Err(failed("replace", name)(error)),
+    }
+}
+
+fn failed(action: &'static str, program: &str) -> impl FnOnce(io::Error) -> KernelError {
+    let program = program.to_owned();
+    move |source| KernelError::Attach {
+        action,
+        program,
+        source,
+    }
 }

@@ -18,6 +18,7 @@ pub mod ports;
 mod probe;
 mod raw;
 mod reason;
+mod steer;
 mod sys;
 mod table;
 mod types;

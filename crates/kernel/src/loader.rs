@@ -29,7 +29,9 @@ use crate::{
     counters::Counters,
     events::EarlierRing,
     maps::{self, Place},
-    migrate, probe, raw, sys,
+    migrate, probe, raw,
+    steer::{self, Steering},
+    sys,
     types::Address,
 };
 
@@ -76,11 +78,12 @@ pub struct Kernel {
     config: KernelConfig,
     /// What the programs are loaded from.
     image: Cow<'static, [u8]>,
-    object: Ebpf,
+    pub(crate) object: Ebpf,
+    pub(crate) steering: Steering,
     counters: Counters,
     places: Vec<Place>,
     view: Arc<KernelView>,
-    attached: Vec<AttachedProgram>,
+    pub(crate) attached: Vec<AttachedProgram>,
 }
 
 impl Kernel {
@@ -139,6 +142,7 @@ impl Kernel {
             self.object = load_object(&self.image, &self.places, Links::Ours)?;
             self.attach_links(usize::MAX)?;
         }
+        self.steering.in_place();
         Ok(())
     }
 
@@ -161,6 +165,8 @@ impl Kernel {
         for device in attach::devices(&links).map_err(|source| self.pin_folder(source))? {
             self.attach_device(device)?;
         }
+        // They look into handshakes: before the programs that write these.
+        self.attach_steering()?;
         for (name, kind) in attach::CGROUP_PROGRAMS.iter().take(limit) {
             let program = program(&self.object, name)?;
             let attached = attach::to_cgroup(&links, name, *kind, program.as_fd(), cgroup.as_fd())?;
@@ -309,11 +315,23 @@ fn open(
     let earlier = earlier_rings(&config, opener.place("flows")?, &definitions["flows"].value)?;
     let datagrams = BpfHashMap::try_from(opener.map("datagrams")?)
         .map_err(|source| KernelError::map("datagrams", source))?;
+    let Map::SockHash(inbound) = opener.map(maps::INBOUND)? else {
+        return Err(KernelError::Missing {
+            kind: "map of sockets",
+            name: maps::INBOUND.into(),
+        });
+    };
+    let steering = Steering::new(
+        steer::duplicate(&inbound)?,
+        opener.place(maps::INBOUND)?,
+        links_dir(&config),
+    );
     let kernel = Kernel {
         tables,
         config,
         image,
         object,
+        steering,
         counters,
         places,
         view,
@@ -478,6 +496,7 @@ fn load(program: &mut Program) -> Result<(), ProgramError> {
         Program::SockOps(program) => program.load(),
         Program::SchedClassifier(program) => program.load(),
         Program::SkMsg(program) => program.load(),
+        Program::SkLookup(program) => program.load(),
         other => unreachable!(
             "heddle.bpf.c has no program of type {:?}",
             other.prog_type()
@@ -485,7 +504,7 @@ fn load(program: &mut Program) -> Result<(), ProgramError> {
     }
 }
 
-fn program<'a>(object: &'a Ebpf, name: &str) -> Result<&'a ProgramFd, KernelError> {
+pub(crate) fn program<'a>(object: &'a Ebpf, name: &str) -> Result<&'a ProgramFd, KernelError> {
     object
         .program(name)
         .ok_or_else(|| KernelError::Missing {

@@ -48,6 +48,8 @@ pub(crate) enum Keep {
     /// Written by programs for open connections, whose sockets keep the programs that they began under, and with
     /// them this map: they go on in it, and only new ones enter the new map (a map of sockets cannot be copied).
     Left,
+    /// The agent's own listening sockets, which it enters anew: a map of sockets cannot be copied.
+    Listeners,
     /// Written by programs, and nothing may be lost: the new programs look into the earlier map as well (`carry.h`),
     /// and what is still in it when all links are switched is copied.
     Handshakes,
@@ -62,7 +64,9 @@ pub(crate) enum Keep {
 
 /// Every map. What a program of ours declares is here, or loading fails.
 pub(crate) const MAPS: &[MapSpec] = {
-    use Keep::{Cache, Copied, Counters, Forgotten, Handshakes, Left, Lru, Ring, Sockets};
+    use Keep::{
+        Cache, Copied, Counters, Forgotten, Handshakes, Left, Listeners, Lru, Ring, Sockets,
+    };
     const fn of(
         name: &'static str,
         keep: Keep,
@@ -89,6 +93,7 @@ pub(crate) const MAPS: &[MapSpec] = {
         of("verdicts", Copied, Some("verdicts"), |s| s.verdicts),
         of("capture", Copied, Some("workloads"), |s| s.workloads * 4),
         of("devices", Copied, Some("workloads"), |s| s.workloads),
+        of(INBOUND, Listeners, Some("workloads"), |s| s.workloads),
         of("affinity", Lru, Some("affinity"), |s| s.affinity),
         of("datagrams", Cache, Some("datagrams"), |s| s.datagrams),
         // Whom datagram sockets have asked.
@@ -110,6 +115,8 @@ pub(crate) fn spec(name: &str) -> Option<&'static MapSpec> {
 
 pub(crate) const HANDSHAKES: &str = "handshakes";
 pub(crate) const SOCKETS: &str = "sockets";
+/// The agent's listeners by workload.
+pub(crate) const INBOUND: &str = "inbound";
 /// One entry per spliced connection.
 pub(crate) const SPLICE_PAIRS: &str = "splice_pairs";
 /// State of spliced sockets.

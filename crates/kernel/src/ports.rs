@@ -3,7 +3,7 @@
 
 /// TCP: captured connections of the workload's programs.
 pub const OUTBOUND: u16 = 15001;
-/// TCP: what else arrives from outside of the node.
+/// TCP: what is steered ([`crate::Kernel::steer`]).
 pub const INBOUND: u16 = 15006;
 /// TCP: HBONE from other nodes.
 pub const HBONE: u16 = 15008;

@@ -33,6 +33,11 @@ pub fn missing_features() -> Vec<String> {
         ),
         (ProgramType::SkMsg, "sk_msg", "CONFIG_NET_SOCK_MSG"),
         (
+            ProgramType::SkLookup,
+            "sk_lookup",
+            "CONFIG_NET (and Linux 5.9)",
+        ),
+        (
             ProgramType::SchedClassifier,
             "tc",
             "CONFIG_NET_CLS_ACT (and Linux 6.6 for TCX links)",

@@ -58,6 +58,15 @@ pub(crate) fn types(id: u32) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// The inode of the network namespace that a link is attached to; 0 if the namespace is gone.
+pub(crate) fn namespace_of_link(link: BorrowedFd<'_>) -> io::Result<u32> {
+    // SAFETY: a struct of plain integers.
+    let mut info: bpf_link_info = unsafe { std::mem::zeroed() };
+    object_info(link, &mut info)?;
+    // SAFETY: the link is one of a namespace, so this is the member that the kernel has written.
+    Ok(unsafe { info.__bindgen_anon_1.netns.netns_ino })
+}
+
 /// The raw types of the program that a link runs; `None` if it was loaded without.
 pub(crate) fn types_of_link(link: BorrowedFd<'_>) -> io::Result<Option<Vec<u8>>> {
     // SAFETY: a struct of plain integers.

@@ -16,7 +16,7 @@ use aya::Pod;
 use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd};
 use nix::libc;
 
-/// Attaches `program` to a cgroup or a map of sockets (a descriptor) or a device (its index in the caller's network namespace).
+/// Attaches `program` to a cgroup, a map of sockets or a network namespace (a descriptor) or a device (its index in the caller's network namespace).
 pub(crate) fn link_create(
     program: BorrowedFd<'_>,
     target: LinkTarget<'_>,
@@ -26,7 +26,7 @@ pub(crate) fn link_create(
     attr.link_create.__bindgen_anon_1.prog_fd = program.as_raw_fd() as u32;
     attr.link_create.attach_type = attach_type as u32;
     match target {
-        LinkTarget::Cgroup(fd) | LinkTarget::Map(fd) => {
+        LinkTarget::Cgroup(fd) | LinkTarget::Map(fd) | LinkTarget::Namespace(fd) => {
             attr.link_create.__bindgen_anon_2.target_fd = fd.as_raw_fd() as u32;
         }
         LinkTarget::Device(index) => attr.link_create.__bindgen_anon_2.target_ifindex = index,
@@ -40,6 +40,7 @@ pub(crate) fn link_create(
 pub(crate) enum LinkTarget<'a> {
     Cgroup(BorrowedFd<'a>),
     Map(BorrowedFd<'a>),
+    Namespace(BorrowedFd<'a>),
     Device(u32),
 }
 

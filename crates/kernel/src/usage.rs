@@ -44,7 +44,7 @@ impl MapUse {
 }
 
 impl Kernel {
-    /// The maps that policy fills. Costs nothing: their mirrors know.
+    /// The maps that the agent fills. Costs nothing: their mirrors know.
     #[must_use]
     pub fn table_uses(&self) -> Vec<MapUse> {
         let tables = &self.tables;
@@ -58,6 +58,7 @@ impl Kernel {
             (tables.verdicts.name(), tables.verdicts.len()),
             (tables.capture.name(), tables.capture.len()),
             (tables.devices.name(), tables.devices.len()),
+            (maps::INBOUND, self.steering.len()),
         ];
         let places = self.places().iter();
         places
@@ -77,7 +78,7 @@ impl Kernel {
         let mut uses = Vec::new();
         for place in self.places() {
             let entries = match place.spec.keep {
-                Keep::Copied => continue,
+                Keep::Copied | Keep::Listeners => continue,
                 Keep::Sockets | Keep::Forgotten | Keep::Ring | Keep::Counters => None,
                 // A map of sockets cannot be read; the pairs have as many entries as there are connections.
                 Keep::Left if place.spec.name != maps::SPLICE_PAIRS => None,
