@@ -8,9 +8,11 @@
  *   splice.h   bytes past the TCP stack, for workloads that ask for it
  *   ingress.h  enforcement where packets arrive
  *   steer.h    what goes to the agent's listener instead of a program's
+ *   bind.h     the agent's ports
  *   spoof.h    source addresses on the veth
  *   carry.h    what an earlier version left in sockets
  */
+#include "bind.h"
 #include "connect.h"
 #include "ingress.h"
 #include "socket.h"

@@ -31,6 +31,8 @@ pub(crate) const CGROUP_PROGRAMS: &[(&str, attach_type)] = &[
     ),
     ("heddle_recvmsg4", attach_type::BPF_CGROUP_UDP4_RECVMSG),
     ("heddle_recvmsg6", attach_type::BPF_CGROUP_UDP6_RECVMSG),
+    ("heddle_bind4", attach_type::BPF_CGROUP_INET4_BIND),
+    ("heddle_bind6", attach_type::BPF_CGROUP_INET6_BIND),
     ("heddle_sockops", attach_type::BPF_CGROUP_SOCK_OPS),
     ("heddle_connect4", attach_type::BPF_CGROUP_INET4_CONNECT),
     ("heddle_connect6", attach_type::BPF_CGROUP_INET6_CONNECT),

@@ -12,7 +12,7 @@ use kernel::{FlowEvent, FlowKind, FlowReader, Kernel, KernelConfig, MapSizes};
 use crate::world::{Versions, World, nothing_refused};
 
 /// Links that a node has.
-const LINKS: usize = 11;
+const LINKS: usize = 13;
 const OPEN: u32 = 20;
 
 fn larger(config: &KernelConfig) -> KernelConfig {
