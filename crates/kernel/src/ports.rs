@@ -10,7 +10,9 @@ pub const HBONE: u16 = 15008;
 
 /// SO_MARK of the agent's sockets that deliver to a program, beside the workload's number ([`delivery_mark`]): connecting with
 /// it is what lets the connection in. In the workload's namespace packets with this mark ([`DELIVERY_MASK`]) need a route
-/// that takes every address for a local one, and `net.ipv4.tcp_fwmark_accept` gives the answers the same mark.
+/// that takes every address for a local one. The answers get the same mark by `net.ipv4.tcp_fwmark_accept` (for both IP
+/// versions), and resets where nobody listens by `net.ipv4.fwmark_reflect` and `net.ipv6.fwmark_reflect`: without these the
+/// agent would wait for its time-out, and the reset would leave the workload.
 pub const DELIVERY_MARK: u32 = 0xc000_0000;
 /// The bits of [`DELIVERY_MARK`].
 pub const DELIVERY_MASK: u32 = 0xc000_0000;
