@@ -143,6 +143,12 @@ static __always_inline __u16 resolve_service(__u32 workload, const struct questi
 	return REASON_NONE;
 }
 
+/* The agent's ports that connections are led to. Nobody calls them. */
+static __always_inline int is_led_to(__u16 port)
+{
+	return port == PORT_OUTBOUND || port == PORT_INBOUND;
+}
+
 /* A connected datagram socket may never send: resolvers connect one only to learn which source address an
  * answer would be reached from. It is led to the workload itself, where nothing listens on port 0. */
 static __always_inline void park(struct decision *d, const struct workload_entry *self)
@@ -232,6 +238,10 @@ static __always_inline void decide(const struct socket_state *state, const struc
 	grant->source = self->source[family & 1];
 	if (address_is_loopback(&d->destination) || address_equal(&d->destination, &self->v4) ||
 	    address_equal(&d->destination, &self->v6)) {
+		if (!datagram && is_led_to(d->port)) {
+			d->reason = REASON_RESERVED_PORT;
+			return;
+		}
 		d->action = ACTION_DIRECT;
 		d->reason = REASON_NONE;
 		d->local = 1;
@@ -273,6 +283,10 @@ static __always_inline void decide(const struct socket_state *state, const struc
 			d->reason = REASON_UDP_NOT_CARRIED;
 		else if (!refused_there(target, d, grant, state->socket_class))
 			redirect_to_own(d, self, workload, CAPTURE_AGENT, REASON_NO_TUNNEL, grant);
+		return;
+	}
+	if (!datagram && is_led_to(d->port)) {
+		d->reason = REASON_RESERVED_PORT;
 		return;
 	}
 	if (peer_id == workload) { /* a service that led back to its caller */

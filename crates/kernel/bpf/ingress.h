@@ -172,6 +172,34 @@ static __always_inline int datagram_in(struct __sk_buff *skb, struct bpf_sock *s
 	return admit_datagram(t, state, bytes);
 }
 
+static __always_inline int is_syn(struct __sk_buff *skb, __u32 headers)
+{
+	__u8 flags;
+
+	return !bpf_skb_load_bytes(skb, headers + TCP_FLAGS_OFFSET, &flags, sizeof(flags)) &&
+	       (flags & TCP_FLAG_SYN_BIT);
+}
+
+/* The agent's listeners judge for themselves, but for handshakes whose grant has found no room: dropped, they are tried
+ * again, and the grant is, too (tcp.h). */
+static __always_inline int agent_listens(struct __sk_buff *skb, struct bpf_sock *socket)
+{
+	struct grant carried = {};
+	struct tuple t = {};
+	__u32 headers = 0;
+	__u8 protocol = 0;
+
+	/* Its own delivery, which steering has taken for a stranger's: it would be delivered again. */
+	if ((skb->mark & DELIVERY_MASK) == DELIVERY_MARK)
+		return 0;
+	/* Here is nothing for strangers. */
+	if (socket->src_port != PORT_OUTBOUND || !packet_tuple(skb, &t, &protocol, &headers) ||
+	    !is_syn(skb, headers) || find_grant(&t, &carried))
+		return 1;
+	count(REASON_PEER_NOT_ATTESTED);
+	return 0;
+}
+
 /* A segment at a listener from a workload of this node, whose connection is gone: the kernel answers it with a reset.
  * Were it dropped instead, a peer that missed the first reset would wait for ever. It opens nothing: that takes a SYN,
  * or a forged cookie, which accept_grant() leaves without admission. */
@@ -179,11 +207,8 @@ static __always_inline int is_late(struct __sk_buff *skb, struct bpf_sock *socke
 				   const struct tuple *t, __u32 headers)
 {
 	struct address_entry *known;
-	__u8 flags;
 
-	if (socket->state != BPF_TCP_LISTEN ||
-	    bpf_skb_load_bytes(skb, headers + TCP_FLAGS_OFFSET, &flags, sizeof(flags)) ||
-	    (flags & TCP_FLAG_SYN_BIT))
+	if (socket->state != BPF_TCP_LISTEN || is_syn(skb, headers))
 		return 0;
 	known = bpf_map_lookup_elem(&addresses, &t->source);
 	return known && (known->flags & ADDRESS_LOCAL);
@@ -246,12 +271,8 @@ int heddle_ingress(struct __sk_buff *skb)
 		}
 	}
 	OPAQUE(state);
-	if (state->socket_class == CLASS_AGENT) {
-		/* What the agent delivers is for a program. Had it found no room for its grant, it would be steered back to the
-		 * agent, and delivered again. Dropped, it is tried again, and so is its grant. */
-		return socket->state != BPF_TCP_LISTEN ||
-		       (skb->mark & DELIVERY_MASK) != DELIVERY_MARK;
-	}
+	if (state->socket_class == CLASS_AGENT)
+		return socket->state != BPF_TCP_LISTEN || agent_listens(skb, socket);
 	if ((state->flags & SOCKET_ADMITTED) && socket->state != BPF_TCP_LISTEN &&
 	    socket->protocol == IPPROTO_TCP)
 		return 1;

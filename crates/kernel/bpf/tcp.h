@@ -163,7 +163,7 @@ static __always_inline void begin_delivery(struct bpf_sock_ops *ops, struct bpf_
 	state->flags |= SOCKET_DELIVERS;
 }
 
-/* The agent accepts: what was captured has a grant, anything else has not. */
+/* The agent accepts: what was captured has a grant with a target, anything else has not. */
 static __always_inline void accept_captured(struct bpf_sock_ops *ops, struct socket_state *state)
 {
 	struct grant carried = {}, *grant;
@@ -172,13 +172,14 @@ static __always_inline void accept_captured(struct bpf_sock_ops *ops, struct soc
 	/* The state is a copy of the listener's: nothing of the connection is in it yet. */
 	state->flags = SOCKET_ESTABLISHED | SOCKET_ADMITTED | SOCKET_LOCAL;
 	client_tuple(ops, 0, &t);
+	__builtin_memset(&state->grant, 0, sizeof(state->grant));
 	grant = find_grant(&t, &carried);
-	if (!grant) {
-		__builtin_memset(&state->grant, 0, sizeof(state->grant));
+	if (!grant)
 		return;
-	}
 	OPAQUE(grant);
-	state->grant = *grant;
+	/* Another workload's program may call this one's ports, the agent's as well. */
+	if (grant->target_port)
+		state->grant = *grant;
 	forget_grant(&t);
 }
 

@@ -61,7 +61,7 @@ reasons! {
     PeersFull = 22, "REASON_PEERS_FULL", "peers-full", "One datagram socket asked more peers within a minute than there is room for.";
     NotSpliced = 23, "REASON_NOT_SPLICED", "not-spliced", "A connection was to be spliced, and the kernel had no room for it: TCP carries it.";
     Delivered = 24, "REASON_DELIVERED", "delivered", "The agent delivers it for a client of another node, and has judged it.";
-    ReservedPort = 25, "REASON_RESERVED_PORT", "reserved-port", "A program asked for one of the agent's ports.";
+    ReservedPort = 25, "REASON_RESERVED_PORT", "reserved-port", "A program asked for one of the agent's ports in a workload.";
 }
 
 #[cfg(test)]

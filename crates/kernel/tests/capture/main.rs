@@ -105,16 +105,28 @@ fn nobody_vouches_for_a_stranger() {
     let agent = world.start();
     let mut listener = listen(&world);
     let mut app = world.run("app");
+    listener.ok("listen('hbone', '::', 15008)");
     for own in [OWN[0], OWN[1], "127.0.0.1", "::1"] {
-        let seen = app.ask(&format!("connect('one', '{own}', 15001)"));
-        assert!(seen.ends_with(" 15001"), "{seen}");
-        listener.ask("accept('in', 'out')");
+        for port in [ports::OUTBOUND, ports::INBOUND] {
+            let seen = app.ask(&format!("connect('one', '{own}', {port})"));
+            assert_eq!(seen, "ECONNREFUSED", "{own}");
+        }
+        app.ask(&format!("connect('one', '{own}', 15008)"));
+        listener.ask("accept('in', 'hbone')");
         assert_eq!(agent.grant(&mut listener, "in"), None, "{own}");
     }
+    assert_eq!(agent.count(Reason::ReservedPort), 8);
     let mut outside = world.run_outside();
-    outside.ask(&format!("connect('one', '{}', 15001)", OWN[0]));
-    listener.ask("accept('in', 'out')");
-    assert_eq!(agent.grant(&mut listener, "in"), None);
+    for own in OWN {
+        let before = agent.count(Reason::PeerNotAttested);
+        outside.ask(&format!("begin('one', '{own}', 15001)"));
+        until("dropped", || agent.count(Reason::PeerNotAttested) > before);
+        outside.ok("close('one')");
+        outside.ask(&format!("connect('one', '{own}', 15008)"));
+        listener.ask("accept('in', 'hbone')");
+        assert_eq!(agent.grant(&mut listener, "in"), None, "{own}");
+    }
+    assert_eq!(listener.ask("accept('in', 'out', 0)"), "nothing");
     // A socket that reuses a number has nothing of the one before.
     app.ask(&format!("connect('two', '{}', 80)", SERVICE[0]));
     listener.ask("accept('in', 'out')");
@@ -200,6 +212,29 @@ fn grants_of_connections_that_were_given_up_are_forgotten() {
     assert!(agent.handshakes() >= 4, "{}", agent.handshakes());
     for number in 0..6 {
         app.ok(&format!("close('c{number}')"));
+    }
+    agent.expect_no_handshakes();
+}
+
+/// As for direct connections: the next SYN tries again.
+#[test]
+fn captured_connections_without_room_for_grants_wait() {
+    let world = World::new("wait");
+    let mut config = world.config();
+    config.sizes.handshakes = 2;
+    let agent = world.start_with(config);
+    let mut listener = stall(&world);
+    let mut app = world.run("app");
+    begin(&mut app, 6);
+    until("no room", || agent.count(Reason::HandshakesFull) > 2);
+    listener.ok("held['out'].listen(64)");
+    for number in 0..6 {
+        let name = format!("in{number}");
+        let seen = listener.ask(&format!("accept('{name}', 'out', 60)"));
+        assert_ne!(seen, "nothing");
+        let grant = agent.grant(&mut listener, &name).unwrap();
+        assert_eq!(grant.original, address(SERVICE[0]));
+        assert_eq!(app.ask(&format!("finish('c{number}')")), "ok");
     }
     agent.expect_no_handshakes();
 }
