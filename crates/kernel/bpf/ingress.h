@@ -223,7 +223,9 @@ static __always_inline int segment_in(struct __sk_buff *skb, struct bpf_sock *so
 	if (!grant)
 		return is_late(skb, socket, t, headers) || admit_anonymous(t, IPPROTO_TCP, state);
 	OPAQUE(grant);
-	if (grant->destination_workload != state->workload)
+	/* What the agent delivers bears its mark, which nothing from the wire does, whatever address it claims. */
+	if (grant->destination_workload != state->workload ||
+	    (!grant->source_workload && (skb->mark & DELIVERY_MASK) != DELIVERY_MARK))
 		return refuse_packet(t, IPPROTO_TCP, state, grant, REASON_PEER_NOT_ATTESTED);
 	return 1;
 }

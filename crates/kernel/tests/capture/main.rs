@@ -370,6 +370,42 @@ fn without_its_mark_or_for_another_workload_nothing_is_delivered() {
     assert_eq!(app.ask("accept('in', 'server', 0)"), "nothing");
 }
 
+/// A grant lets in the agent's packets, and no stranger's under the same addresses and ports.
+#[test]
+fn a_delivery_cannot_be_joined_from_the_wire() {
+    let world = World::new("forged");
+    world.route_deliveries();
+    let agent = world.start();
+    let mut sender = world.run("agent");
+    let mut app = world.run("app");
+    app.ok("listen('server', '::', 8080, backlog=0)");
+    let mark = delivery_mark(OWN_ID).unwrap();
+    let mut outside = world.run_outside();
+    for (own, remote) in OWN.into_iter().zip(REMOTE) {
+        // The first one takes the only place: the second one's grant waits with its SYN.
+        for name in ["first", "second"] {
+            let call = format!("deliver('{name}', '{remote}', '{own}', 8080, {mark}, wait=False)");
+            assert_eq!(sender.ask(&call), "EINPROGRESS");
+        }
+        assert_eq!(sender.ask("finish('first')"), "ok");
+        assert_eq!(agent.handshakes(), 1);
+        let port = sender.ask("held['second'].getsockname()[1]");
+        let before = agent.count(Reason::PeerNotAttested);
+        outside.ask(&format!(
+            "begin('same', '{own}', 8080, ('{remote}', {port}))"
+        ));
+        until("refused", || agent.count(Reason::PeerNotAttested) > before);
+        outside.ok("close('same')");
+        assert_eq!(
+            app.ask("accept('in', 'server')"),
+            sender.ask("shown(held['first'].getsockname())") + &format!(" {own} 8080")
+        );
+        assert_eq!(sender.ask("finish('second')"), "ok");
+        app.ask("accept('in', 'server')");
+    }
+    agent.expect_no_handshakes();
+}
+
 #[test]
 fn the_agents_ports_are_its_own() {
     let world = World::new("ports");

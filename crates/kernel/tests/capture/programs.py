@@ -44,9 +44,11 @@ def connect(name, address, port, family=None):
     return f"{shown(client.getsockname())} {shown(client.getpeername())}"
 
 
-def begin(name, address, port):
+def begin(name, address, port, own=None):
     client = socket.socket(family_of(address))
     client.setblocking(False)
+    if own:
+        client.bind(own)
     held[name] = client
     return errno.errorcode[client.connect_ex((address, port))]
 
