@@ -132,7 +132,8 @@ impl World {
                 datagrams: 64,
                 splices: 64,
                 affinity: 64,
-                flow_bytes: 1 << 20,
+                // Nobody reads while versions follow each other, which takes long on a busy machine.
+                flow_bytes: 4 << 20,
             },
         }
     }
