@@ -1,1 +1,30 @@
 //! HBONE, the tunnel between nodes: each carried TCP connection is one HTTP/2 `CONNECT` stream over mutual TLS.
+//!
+//! It knows nothing of namespaces, policy or configuration: who uses it gives it sockets, TLS settings and decisions.
+//! Everything here lives on one worker thread: a connection and its streams never leave the thread that accepted or
+//! opened it.
+//!
+//! - [`tls`]: settings of both sides; who is let in
+//! - [`server`]: accepts connections and streams, asks a [`Handler`] about each
+//! - [`pool`]: opens streams over pooled connections
+//! - [`relay`]: the bytes between a TCP connection and a stream, and how it ended
+//! - [`headers`]: what a `CONNECT` says about the connection that it carries
+//! - [`limits`]: every bound, with its reason
+//! - `connection`: the HTTP/2 connection's own life: pings, idleness, expiry
+
+mod connection;
+mod error;
+pub mod headers;
+pub mod limits;
+pub mod pool;
+pub mod relay;
+pub mod server;
+pub mod tls;
+
+pub use error::{ConnectError, ServeError, TlsError, TlsFailure};
+pub use headers::{Authority, ConnectHeaders};
+pub use limits::{ClientLimits, ServerLimits};
+pub use pool::{Pool, PoolKey, TunnelStream};
+pub use relay::{End, Outcome, Side, relay};
+pub use server::{Accepted, ConnectRequest, Handler, Peer, Refusal, Server, Session};
+pub use tls::{ClientTls, ServerTls};
