@@ -10,6 +10,7 @@
 //! - [`relay`]: the bytes between a TCP connection and a stream, and how it ended
 //! - [`headers`]: what a `CONNECT` says about the connection that it carries
 //! - [`limits`]: every bound, with its reason
+//! - `stream`: TLS over a socket
 //! - `connection`: the HTTP/2 connection's own life: pings, idleness, expiry
 
 mod connection;
@@ -19,6 +20,7 @@ pub mod limits;
 pub mod pool;
 pub mod relay;
 pub mod server;
+mod stream;
 pub mod tls;
 
 pub use error::{ConnectError, ServeError, TlsError, TlsFailure};

@@ -23,7 +23,6 @@ use tokio::{
     net::TcpStream,
     time::{Instant as TokioInstant, timeout},
 };
-use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
@@ -31,6 +30,7 @@ use crate::{
     connection::{Event, KeepAlive},
     limits,
     relay::{Relay, reset_on_close},
+    stream::{self, Handshaken, TlsStream},
 };
 
 /// Who is at the other end of a tunnel connection.
@@ -177,23 +177,12 @@ impl<H: Handler> Server<H> {
         tcp.set_nodelay(true)?;
         let address = tcp.peer_addr()?;
         let local_address = tcp.local_addr()?;
-        let stream = TlsAcceptor::from(tls.config)
-            .accept(tcp)
-            .await
-            .map_err(ServeError::of_io)?;
-        let session = stream.get_ref().1;
-        let id = session
-            .peer_certificates()
-            .and_then(|chain| chain.first())
-            .ok_or(TlsFailure::NoCertificate)
-            .and_then(|certificate| {
-                SpiffeId::of_certificate(certificate)
-                    .map_err(|error| TlsFailure::Certificate(error.to_string()))
-            })?;
-        // A peer that offers no protocol at all is not refused by TLS.
-        if session.alpn_protocol() != Some(b"h2") {
-            return Err(TlsFailure::Protocol("it does not offer h2 by ALPN".into()).into());
-        }
+        let Handshaken {
+            stream,
+            certificate,
+        } = stream::accept(tcp, &tls).await.map_err(ServeError::of_io)?;
+        let id = SpiffeId::of_certificate(&certificate)
+            .map_err(|error| TlsFailure::Certificate(error.to_string()))?;
         let connection = h2::server::Builder::new()
             .initial_window_size(limits::STREAM_WINDOW)
             .initial_connection_window_size(limits::CONNECTION_WINDOW)
@@ -270,7 +259,7 @@ impl<H: Handler> Server<H> {
     }
 }
 
-type Connection = h2::server::Connection<TlsStream<TcpStream>, Bytes>;
+type Connection = h2::server::Connection<TlsStream, Bytes>;
 
 /// One `CONNECT`.
 struct Stream<H> {

@@ -12,22 +12,21 @@ use std::{
 
 use bytes::Bytes;
 use h2::client::SendRequest;
-use rustls::pki_types::ServerName;
 use tokio::{
     net::TcpStream,
     sync::watch,
     time::{Instant, sleep_until, timeout},
 };
-use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use super::{Connection, Lease, Pool, PoolKey, Ready, lock};
 use crate::{
     ClientTls, ConnectError, TlsFailure,
     connection::{Event, KeepAlive},
     limits,
+    stream::{self, TlsStream},
 };
 
-type Http2 = h2::client::Connection<TlsStream<TcpStream>, Bytes>;
+type Http2 = h2::client::Connection<TlsStream, Bytes>;
 
 /// Whoever opens a connection, for itself and for those who wait. Dropped, it gives the task to one of them.
 pub(super) struct Opener {
@@ -104,16 +103,12 @@ impl Opener {
         let unreachable = |error| ConnectError::Unreachable(Arc::new(error));
         let tcp = dial().await.map_err(unreachable)?;
         tcp.set_nodelay(true).map_err(unreachable)?;
-        let name = ServerName::IpAddress(self.key.address.ip().into()); // Neither sent nor checked.
-        let stream = TlsConnector::from(Arc::clone(&tls.config))
-            .connect(name, tcp)
+        let stream = stream::connect(tcp, tls)
             .await
             .map_err(|error| {
                 TlsFailure::inside(&error).map_or_else(|| unreachable(error), ConnectError::Tls)
-            })?;
-        if stream.get_ref().1.alpn_protocol() != Some(b"h2") {
-            return Err(TlsFailure::Protocol("it does not choose h2 by ALPN".into()).into());
-        }
+            })?
+            .stream;
         let limits = &self.pool.shared.limits;
         h2::client::Builder::new()
             .initial_window_size(limits::STREAM_WINDOW)
