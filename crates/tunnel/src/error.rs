@@ -99,13 +99,8 @@ pub enum ServeError {
 impl ServeError {
     /// An error of a connection that is up.
     pub(crate) fn of(error: h2::Error) -> Self {
-        if !error.is_io() {
-            return Self::Protocol(error.to_string());
-        }
-        match error.into_io() {
-            Some(error) => Self::of_io(error),
-            None => Self::Protocol("the connection broke".into()),
-        }
+        let text = error.to_string();
+        error.into_io().map_or(Self::Protocol(text), Self::Io)
     }
 
     pub(crate) fn of_io(error: io::Error) -> Self {

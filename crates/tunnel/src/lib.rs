@@ -26,7 +26,7 @@ pub mod tls;
 pub use error::{ConnectError, ServeError, TlsError, TlsFailure};
 pub use headers::{Authority, ConnectHeaders};
 pub use limits::{ClientLimits, ServerLimits};
-pub use pool::{Pool, PoolKey, TunnelStream};
+pub use pool::{Pool, PoolFigures, PoolKey, TunnelStream};
 pub use relay::{End, Outcome, Side, relay};
 pub use server::{Accepted, ConnectRequest, Handler, Peer, Refusal, Server, Session};
 pub use tls::{ClientTls, ServerTls};

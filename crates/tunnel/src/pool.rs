@@ -29,7 +29,7 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::{Authority, ClientLimits, ClientTls, ConnectError, ConnectHeaders};
+use crate::{Authority, ClientLimits, ClientTls, ConnectError, ConnectHeaders, stream};
 
 /// How often a stream is tried when the connection it was on goes away under it.
 const ATTEMPTS: usize = 3;
@@ -106,6 +106,8 @@ struct Connection {
     /// It takes no more streams.
     gone: AtomicBool,
     idle_since: Mutex<Instant>,
+    /// The peer's verdict on our certificate comes only when a stream is on it already.
+    failure: stream::Failure,
 }
 
 /// A stream's place on a connection.
@@ -318,6 +320,9 @@ impl Pool {
             Ok(Err(failure)) => {
                 if matches!(failure, Failure::Again) {
                     lease.0.gone.store(true, Relaxed);
+                    if let Some(failure) = lease.0.failure.get() {
+                        return Err(Failure::Final(failure.clone().into()));
+                    }
                 }
                 return Err(failure);
             }

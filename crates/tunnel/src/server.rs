@@ -30,7 +30,7 @@ use crate::{
     connection::{Event, KeepAlive},
     limits,
     relay::{Relay, reset_on_close},
-    stream::{self, Handshaken, TlsStream},
+    stream::{self, Failure, Handshaken, TlsStream},
 };
 
 /// Who is at the other end of a tunnel connection.
@@ -162,24 +162,30 @@ impl<H: Handler> Server<H> {
                 limit: limits.handshakes,
             },
         )?;
-        let (connection, peer) = timeout(limits.handshake_timeout, self.handshake(tcp, tls))
-            .await
-            .map_err(|_| ServeError::HandshakeTimeout)??;
+        let (connection, peer, failure) =
+            timeout(limits.handshake_timeout, self.handshake(tcp, tls))
+                .await
+                .map_err(|_| ServeError::HandshakeTimeout)??;
         drop(handshake);
-        self.drive(connection, Arc::new(peer), drain).await
+        let end = self.drive(connection, Arc::new(peer), drain).await;
+        match failure.get() {
+            Some(failure) => Err(failure.clone().into()),
+            None => end,
+        }
     }
 
     async fn handshake(
         &self,
         tcp: TcpStream,
         tls: ServerTls,
-    ) -> Result<(Connection, Peer), ServeError> {
+    ) -> Result<(Connection, Peer, Failure), ServeError> {
         tcp.set_nodelay(true)?;
         let address = tcp.peer_addr()?;
         let local_address = tcp.local_addr()?;
         let Handshaken {
             stream,
             certificate,
+            failure,
         } = stream::accept(tcp, &tls).await.map_err(ServeError::of_io)?;
         let id = SpiffeId::of_certificate(&certificate)
             .map_err(|error| TlsFailure::Certificate(error.to_string()))?;
@@ -194,13 +200,16 @@ impl<H: Handler> Server<H> {
             .max_concurrent_streams(self.shared.limits.streams)
             .handshake(stream)
             .await
-            .map_err(ServeError::of)?;
+            .map_err(|error| match failure.get() {
+                Some(failure) => failure.clone().into(),
+                None => ServeError::of(error),
+            })?;
         let peer = Peer {
             id,
             address,
             local_address,
         };
-        Ok((connection, peer))
+        Ok((connection, peer, failure))
     }
 
     async fn drive(
@@ -233,6 +242,8 @@ impl<H: Handler> Server<H> {
                         };
                         streams.spawn(stream.serve(request));
                     }
+                    // A peer without streams that hangs up takes nothing with it.
+                    Some(Err(error)) if error.is_io() && !connection.has_streams() => break,
                     Some(Err(error)) => return Err(ServeError::of(error)),
                     None => break,
                 },

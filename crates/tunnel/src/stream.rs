@@ -16,7 +16,7 @@ mod record;
 use std::{
     io::{self, IoSlice},
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, OnceLock},
     task::{Context, Poll, ready},
 };
 
@@ -34,7 +34,7 @@ use self::{
     buffer::Buffer,
     record::{Content, Opener, Sealer},
 };
-use crate::{ClientTls, ServerTls};
+use crate::{ClientTls, ServerTls, TlsFailure};
 
 /// Records in a row that carry no data (key updates, tickets, empty ones) before a peer is taken for hostile.
 const MAX_WITHOUT_DATA: u32 = 32;
@@ -52,7 +52,13 @@ pub(crate) struct Handshaken {
     pub(crate) stream: TlsStream,
     /// The peer's certificate.
     pub(crate) certificate: CertificateDer<'static>,
+    /// How TLS will fail, if it does.
+    pub(crate) failure: Failure,
 }
+
+/// How TLS failed. HTTP/2 keeps only the text of an error; and the server's verdict on a client's certificate comes
+/// after the client's handshake is done.
+pub(crate) type Failure = Arc<OnceLock<TlsFailure>>;
 
 /// Accepts.
 pub(crate) async fn accept(tcp: TcpStream, tls: &ServerTls) -> io::Result<Handshaken> {
@@ -64,9 +70,8 @@ pub(crate) async fn accept(tcp: TcpStream, tls: &ServerTls) -> io::Result<Handsh
 /// Connects. The peer's identity is checked, not its name.
 pub(crate) async fn connect(tcp: TcpStream, tls: &ClientTls) -> io::Result<Handshaken> {
     let name = ServerName::IpAddress(tcp.peer_addr()?.ip().into());
-    let connection =
-        rustls::client::UnbufferedClientConnection::new(Arc::clone(&tls.config), name)
-            .map_err(tls_error)?;
+    let connection = rustls::client::UnbufferedClientConnection::new(Arc::clone(&tls.config), name)
+        .map_err(tls_error)?;
     handshake::run(tcp, connection).await
 }
 
@@ -110,6 +115,7 @@ pub(crate) struct TlsStream {
     without_data: u32,
     /// The peer has said that it sends no more.
     ended: bool,
+    failure: Failure,
     closing: bool,
 }
 
@@ -127,6 +133,7 @@ impl TlsStream {
             message: Vec::new(),
             without_data: 0,
             ended: false,
+            failure: Failure::default(),
             closing: false,
         }
     }
@@ -178,11 +185,15 @@ impl TlsStream {
                 self.trailer = length - record::HEADER - opened.length;
             }
             Content::Data if opened.length == 0 => inbox.consume(length),
-            Content::Data => return Err(PeerMisbehaved::MessageInterleavedWithHandshakeMessage.into()),
+            Content::Data => {
+                return Err(PeerMisbehaved::MessageInterleavedWithHandshakeMessage.into());
+            }
             Content::Alert => {
                 let alert: [u8; 2] = inbox.filled()[record::HEADER..][..opened.length]
                     .try_into()
-                    .map_err(|_| RustlsError::InvalidMessage(rustls::InvalidMessage::InvalidContentType))?;
+                    .map_err(|_| {
+                        RustlsError::InvalidMessage(rustls::InvalidMessage::InvalidContentType)
+                    })?;
                 inbox.consume(length);
                 match AlertDescription::from(alert[1]) {
                     AlertDescription::CloseNotify => self.ended = true,
@@ -283,6 +294,8 @@ impl TlsStream {
                 Ok(false) => {}
                 Err(error) => {
                     self.alert(cx, &error);
+                    // It fails once: nothing is read after that.
+                    let _ = self.failure.set(TlsFailure::of(&error));
                     self.ended = true;
                     return Poll::Ready(Err(tls_error(error)));
                 }

@@ -49,6 +49,22 @@ pub struct ClientTls {
     pub(crate) not_after: SystemTime,
 }
 
+impl ServerTls {
+    /// As rustls has it.
+    #[must_use]
+    pub fn config(&self) -> Arc<ServerConfig> {
+        Arc::clone(&self.config)
+    }
+}
+
+impl ClientTls {
+    /// As rustls has it.
+    #[must_use]
+    pub fn config(&self) -> Arc<ClientConfig> {
+        Arc::clone(&self.config)
+    }
+}
+
 /// Settings to accept tunnels for the SVID's workload from any identity of the trust domain.
 ///
 /// # Errors

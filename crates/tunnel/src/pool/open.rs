@@ -23,7 +23,7 @@ use crate::{
     ClientTls, ConnectError, TlsFailure,
     connection::{Event, KeepAlive},
     limits,
-    stream::{self, TlsStream},
+    stream::{self, Failure, Handshaken, TlsStream},
 };
 
 type Http2 = h2::client::Connection<TlsStream, Bytes>;
@@ -70,7 +70,7 @@ impl Opener {
                     seconds: limit.as_secs(),
                 })
             });
-        let (send, http2) = match opened {
+        let (send, http2, failure) = match opened {
             Ok(opened) => opened,
             Err(error) => {
                 self.withdraw();
@@ -78,11 +78,15 @@ impl Opener {
                 return Err(error);
             }
         };
+        if self.pool.shared.draining.is_cancelled() {
+            return Err(ConnectError::Draining);
+        }
         let connection = Arc::new(Connection {
             number: self.number,
             streams: AtomicUsize::new(0),
             gone: AtomicBool::new(false),
             idle_since: Mutex::new(Instant::now()),
+            failure,
         });
         let lease = Lease::take(&connection);
         let tasks = self.pool.shared.tasks.clone();
@@ -95,7 +99,7 @@ impl Opener {
         &self,
         dial: &D,
         tls: &ClientTls,
-    ) -> Result<(SendRequest<Bytes>, Http2), ConnectError>
+    ) -> Result<(SendRequest<Bytes>, Http2, Failure), ConnectError>
     where
         D: Fn() -> F,
         F: Future<Output = io::Result<TcpStream>>,
@@ -103,14 +107,13 @@ impl Opener {
         let unreachable = |error| ConnectError::Unreachable(Arc::new(error));
         let tcp = dial().await.map_err(unreachable)?;
         tcp.set_nodelay(true).map_err(unreachable)?;
-        let stream = stream::connect(tcp, tls)
-            .await
-            .map_err(|error| {
-                TlsFailure::inside(&error).map_or_else(|| unreachable(error), ConnectError::Tls)
-            })?
-            .stream;
+        let Handshaken {
+            stream, failure, ..
+        } = stream::connect(tcp, tls).await.map_err(|error| {
+            TlsFailure::inside(&error).map_or_else(|| unreachable(error), ConnectError::Tls)
+        })?;
         let limits = &self.pool.shared.limits;
-        h2::client::Builder::new()
+        let (send, http2) = h2::client::Builder::new()
             .initial_window_size(limits::STREAM_WINDOW)
             .initial_connection_window_size(limits::CONNECTION_WINDOW)
             .max_frame_size(limits::MAX_FRAME)
@@ -121,7 +124,8 @@ impl Opener {
             .enable_push(false)
             .handshake(stream)
             .await
-            .map_err(|error| ConnectError::Broken(error.to_string()))
+            .map_err(|error| ConnectError::Broken(error.to_string()))?;
+        Ok((send, http2, failure))
     }
 
     /// Drives the connection: into the pool when it is settled, out of it when it is idle, broken or expired.
@@ -166,8 +170,11 @@ impl Opener {
         tracing::debug!(peer = %self.key.address, %error, "tunnel connection ended");
         if unsettled.is_some() {
             self.withdraw();
-            self.result
-                .send_replace(Some(Err(ConnectError::Broken(error))));
+            let error = match connection.failure.get() {
+                Some(failure) => ConnectError::Tls(failure.clone()),
+                None => ConnectError::Broken(error),
+            };
+            self.result.send_replace(Some(Err(error)));
         }
     }
 

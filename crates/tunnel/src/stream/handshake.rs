@@ -1,6 +1,6 @@
 //! Drives a rustls handshake over a socket, and takes the connection over when it is done.
 
-use std::{future::poll_fn, io};
+use std::{future::poll_fn, io, sync::Arc};
 
 use rustls::{
     Error,
@@ -31,9 +31,7 @@ pub(super) trait Handshake: Send {
     /// The peer's certificate and the protocol that was agreed on.
     fn peer(&self) -> (Option<CertificateDer<'static>>, bool);
 
-    fn take_over(
-        self,
-    ) -> Result<(rustls::ExtractedSecrets, KernelConnection<Self::Data>), Error>;
+    fn take_over(self) -> Result<(rustls::ExtractedSecrets, KernelConnection<Self::Data>), Error>;
 }
 
 macro_rules! handshake {
@@ -101,8 +99,7 @@ pub(super) async fn run<H: Handshake>(mut tcp: TcpStream, mut tls: H) -> io::Res
             }
             Ok(_) => return Err(io::ErrorKind::UnexpectedEof.into()),
             Err(error) => {
-                inbox.consume(discard);
-                return Err(fail(&mut tcp, &mut tls, error, outgoing).await);
+                return Err(fail(&mut tcp, &mut tls, error, inbox, outgoing).await);
             }
         };
         inbox.consume(discard);
@@ -134,8 +131,10 @@ pub(super) async fn run<H: Handshake>(mut tcp: TcpStream, mut tls: H) -> io::Res
     let opener = Opener::new(secrets.rx.0, &secrets.rx.1).map_err(tls_error)?;
     let mut stream = TlsStream::new(tcp, Box::new(keys), sealer, opener);
     stream.resume(inbox, &early)?;
+    let failure = Arc::clone(&stream.failure);
     Ok(Handshaken {
         stream,
+        failure,
         certificate,
     })
 }
@@ -145,9 +144,11 @@ async fn fail<H: Handshake>(
     tcp: &mut TcpStream,
     tls: &mut H,
     error: Error,
+    mut inbox: Buffer,
     mut outgoing: Vec<u8>,
 ) -> io::Error {
-    while let Ok(ConnectionState::EncodeTlsData(mut data)) = tls.process(&mut []).state {
+    // rustls may still point to messages in what was received, which therefore stays where it is.
+    while let Ok(ConnectionState::EncodeTlsData(mut data)) = tls.process(inbox.filled_mut()).state {
         if encode(&mut data, &mut outgoing).is_err() {
             break;
         }

@@ -81,6 +81,12 @@ impl Sealer {
         self.0.sequence >= WORN
     }
 
+    /// As if it had sealed that much.
+    #[cfg(test)]
+    pub(super) fn wear_out(&mut self) {
+        self.0.sequence = WORN;
+    }
+
     /// Seals a short message. There must be room for it.
     pub(super) fn seal(
         &mut self,

@@ -97,13 +97,14 @@ pub struct Setup {
 /// A running tunnel, and the application behind it.
 pub struct Bench {
     pub authority: certificates::Authority,
-    pub handler: Server<TestHandler>,
+    pub server: Server<TestHandler>,
     pub address: SocketAddr,
     pub key: PoolKey,
     pub pool: Pool,
     pub client_tls: ClientTls,
     pub server_tls: ServerTls,
-    pub drain: CancellationToken,
+    /// Drains the connections that are accepted from now on; a test puts another in its place.
+    pub drain: Arc<Mutex<CancellationToken>>,
     pub ended: CancellationToken,
     pub finished: mpsc::UnboundedReceiver<Outcome>,
     /// How each connection ended that the server had.
@@ -131,7 +132,7 @@ impl Setup {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let ended = CancellationToken::new();
-        let drain = CancellationToken::new();
+        let drain = Arc::new(Mutex::new(CancellationToken::new()));
         let (finish, finished) = mpsc::unbounded_channel();
         let (tell, served) = mpsc::unbounded_channel();
         let roots = &self.authority.roots;
@@ -164,8 +165,8 @@ impl Setup {
             async move {
                 while let Ok((tcp, _)) = listener.accept().await {
                     accepted.fetch_add(1, SeqCst);
-                    let (server, tls, drain, tell) =
-                        (server.clone(), tls.clone(), drain.clone(), tell.clone());
+                    let drain = drain.lock().unwrap().clone();
+                    let (server, tls, tell) = (server.clone(), tls.clone(), tell.clone());
                     tokio::spawn(async move {
                         let _ = tell.send(server.serve(tcp, tls, drain).await);
                     });
@@ -174,7 +175,7 @@ impl Setup {
         });
         Bench {
             authority: self.authority,
-            handler: server,
+            server,
             address,
             key: PoolKey {
                 source: 1,
