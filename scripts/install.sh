@@ -44,6 +44,7 @@ missing_debian_packages() {
     have wrk || echo wrk
     have ip && have ss || echo iproute2
     have curl || echo curl
+    have openssl || echo openssl
     [ -x "$venv/bin/python" ] || debian_python_makes_venvs || echo python3-venv
 }
 

@@ -1,0 +1,11 @@
+//! Compiles `proto/*.proto` to Rust, in pure Rust: no `protoc` is needed on the machine.
+
+use std::error::Error;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    println!("cargo:rerun-if-changed=proto");
+    let files = ["istio_ca.proto", "heddle_identity.proto"];
+    let descriptors = protox::compile(files, ["proto"])?;
+    tonic_prost_build::configure().compile_fds(descriptors)?;
+    Ok(())
+}
