@@ -60,6 +60,14 @@ impl MeshConfig {
         Ipv6Addr::from(u128::from(self.service_cidr_v6.network()) + 10)
     }
 
+    /// Where the control plane is on the fabric: the first place of its ranges.
+    #[must_use]
+    pub fn control_addresses(&self) -> [IpAddr; 2] {
+        let v4 = u32::from(self.fabric_cidr_v4.network()) + 1;
+        let v6 = u128::from(self.fabric_cidr_v6.network()) + 1;
+        [Ipv4Addr::from(v4).into(), Ipv6Addr::from(v6).into()]
+    }
+
     /// Whether `address` is a service's virtual address.
     #[must_use]
     pub fn is_service_address(&self, address: IpAddr) -> bool {

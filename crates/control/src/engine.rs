@@ -22,6 +22,7 @@ use xds::{
 };
 
 use crate::{
+    ca::Placed,
     check,
     compile::{
         self, Addresses, Compiled,
@@ -64,6 +65,8 @@ pub(crate) struct Outputs {
     pub(crate) published: watch::Sender<Arc<Vec<PublishedPort>>>,
     pub(crate) problems: watch::Sender<Arc<Vec<Problem>>>,
     pub(crate) view: watch::Sender<Arc<View>>,
+    /// Which accounts are where, for the certificate authority.
+    pub(crate) placed: Arc<Placed>,
 }
 
 impl Default for Outputs {
@@ -73,6 +76,7 @@ impl Default for Outputs {
             published: watch::Sender::new(Arc::default()),
             problems: watch::Sender::new(Arc::default()),
             view: watch::Sender::new(Arc::default()),
+            placed: Arc::default(),
         }
     }
 }
@@ -136,6 +140,7 @@ impl Engine {
             if !self.statuses.contains_key(&uid) && !self.wanted.contains(&uid) {
                 self.replicas.remove(&uid);
             }
+            self.note_place(&uid);
         }
         self.cache.apply(changes);
     }
@@ -199,7 +204,24 @@ impl Engine {
             }
         }
         self.replicas = replicas;
+        self.outputs
+            .placed
+            .retain(|uid| self.replicas.contains_key(uid));
+        for uid in self.replicas.keys() {
+            self.note_place(uid);
+        }
         problems
+    }
+
+    /// A replica counts on the node that it is meant for, and as long as it runs there, on the one that it leaves.
+    fn note_place(&self, uid: &str) {
+        match self.replicas.get(uid) {
+            Some(replica) => {
+                let old = self.statuses.get(uid).map(|status| status.node.as_str());
+                self.outputs.placed.set(&replica.spec, old);
+            }
+            None => self.outputs.placed.remove(uid),
+        }
     }
 
     /// Virtual addresses by `NAMESPACE/NAME`, empty for headless services; services that can have none are left out.

@@ -14,9 +14,11 @@
 //! - `compile`: objects and reports to xDS resources.
 //! - `engine`: all of these as one state; `plane`: the tasks around it and the handle, [`ControlPlane`].
 //! - `status`: what operators see of it.
+//! - [`ca`]: the certificate authority that nodes ask.
 //!
 //! Running replicas is the `runtime` crate's, enforcing policy the `node` crate's.
 
+pub mod ca;
 mod check;
 mod compile;
 mod engine;
@@ -31,6 +33,7 @@ mod store;
 mod vip;
 
 pub use self::{
+    ca::{CaConfig, CaStatus, CertificateAuthority, JoinTokenError, OperatorCa, Placements},
     check::{CheckReport, check},
     plane::{ControlConfig, ControlError, ControlPlane},
     publish::PublishedPort,

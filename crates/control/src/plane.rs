@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    net::SocketAddr,
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
 };
@@ -11,6 +12,7 @@ use api::{
     pod::{PodSpec, PodStatus},
     problem::Problem,
 };
+use linux::netns::Netns;
 use tokio::{
     sync::{Notify, mpsc, watch},
     task::JoinHandle,
@@ -21,6 +23,7 @@ use xds::{
 };
 
 use crate::{
+    ca::{CaConfig, CaError, CaStatus, CertificateAuthority, JoinTokenError},
     engine::{Engine, Outputs},
     publish::PublishedPort,
     source::{self, Scan, watch::Watch},
@@ -40,6 +43,8 @@ pub struct ControlConfig {
     pub xds_socket: PathBuf,
     /// Heddle's own replicas: not in the folder and not asked for here, but part of the mesh once they are reported.
     pub system_pods: Vec<PodSpec>,
+    /// The certificate authority.
+    pub ca: CaConfig,
 }
 
 /// Why a control plane does not start.
@@ -56,6 +61,9 @@ pub enum ControlError {
     /// The xDS server does not start.
     #[error("the control plane cannot serve its nodes: {0}")]
     Server(#[from] ServerError),
+    /// The certificate authority does not start or listen.
+    #[error(transparent)]
+    Ca(#[from] CaError),
     /// A task of the control plane broke.
     #[error("the folder's reader ended abnormally; this is a defect of Heddle")]
     Reader,
@@ -69,6 +77,7 @@ pub struct ControlPlane {
     server: Server,
     outputs: Outputs,
     reports: Arc<Reports>,
+    ca: CertificateAuthority,
     tasks: Tasks,
 }
 
@@ -103,6 +112,8 @@ impl ControlPlane {
             });
         }
         let (cache, outputs) = (Cache::new(), Outputs::default());
+        let placed = Arc::clone(&outputs.placed);
+        let ca = CertificateAuthority::open(&config.ca, &config.mesh.trust_domain, placed)?;
         let mut engine = Engine::new(
             config.mesh,
             config.nodes.clone(),
@@ -126,8 +137,51 @@ impl ControlPlane {
             server,
             outputs,
             reports,
+            ca,
             tasks,
         })
+    }
+
+    /// Makes the certificate authority reachable on addresses inside a network namespace (port
+    /// [`identity::ca_api::CA_PORT`] by custom); the answer is what was bound.
+    ///
+    /// # Errors
+    /// A socket is refused.
+    pub fn listen_on(
+        &self,
+        netns: &Netns,
+        addresses: &[SocketAddr],
+    ) -> Result<Vec<SocketAddr>, ControlError> {
+        Ok(self.ca.listen_on(netns, addresses)?)
+    }
+
+    /// A token with which a node's agent joins: good once, for five minutes.
+    ///
+    /// # Errors
+    /// The mesh has no such node; too many tokens are out.
+    pub fn join_token(&self, node: &str) -> Result<String, JoinTokenError> {
+        if !self.nodes.iter().any(|known| known == node) {
+            return Err(JoinTokenError::UnknownNode);
+        }
+        self.ca.tokens().issue(node)
+    }
+
+    /// The roots (PEM) that an agent trusts when it first joins.
+    #[must_use]
+    pub fn roots_pem(&self) -> String {
+        self.ca.authority().roots_pem()
+    }
+
+    /// What the certificate authority has signed and refused.
+    #[must_use]
+    pub fn ca_status(&self) -> CaStatus {
+        self.ca.status()
+    }
+
+    /// The certificate authority, to rotate its root for example.
+    #[must_use]
+    pub fn ca(&self) -> &CertificateAuthority {
+        &self.ca
     }
 
     /// The replicas that should run, each on its node.
@@ -173,8 +227,11 @@ impl ControlPlane {
 
     /// Stops serving and watching.
     pub async fn shutdown(self) {
-        let Self { server, tasks, .. } = self;
+        let Self {
+            server, ca, tasks, ..
+        } = self;
         drop(tasks);
+        ca.shutdown().await;
         server.shutdown().await;
     }
 }

@@ -14,7 +14,9 @@ use api::{
     mesh::MeshConfig,
     pod::{PodPhase, PodSpec, PodStatus},
 };
-use control::{ControlConfig, ControlError, ControlPlane, ControlStatus, ObjectState, check};
+use control::{
+    CaConfig, ControlConfig, ControlError, ControlPlane, ControlStatus, ObjectState, check,
+};
 use prost::Message;
 use tempfile::TempDir;
 use tokio::{
@@ -265,6 +267,7 @@ fn config(source: &Path, run: &Path) -> ControlConfig {
         nodes: vec!["n1".into(), "n2".into()],
         xds_socket: run.join("xds.sock"),
         system_pods: vec![],
+        ca: CaConfig::new(run.join("ca")),
     }
 }
 
@@ -296,6 +299,7 @@ impl Mesh {
         let placeholder = ControlPlane::start(ControlConfig {
             xds_socket: self.run.path().join("other.sock"),
             system_pods: vec![],
+            ca: CaConfig::new(self.run.path().join("other-ca")),
             ..config.clone()
         });
         let old = std::mem::replace(&mut self.control, placeholder.await.unwrap());

@@ -99,7 +99,26 @@ pub(crate) struct UpArgs {
     #[arg(long, value_name = "NAME=N")]
     pub(crate) map_size: Vec<MapSize>,
     #[command(flatten)]
+    pub(crate) ca: CaArgs,
+    #[command(flatten)]
     pub(crate) common: Common,
+}
+
+/// The certificate authority of `heddle up`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct CaArgs {
+    /// Your own CA instead of a new one: its certificate, then the chain up to the root (PEM).
+    #[arg(long, value_name = "FILE", requires = "ca_key")]
+    pub(crate) ca_cert: Option<PathBuf>,
+    /// The key of --ca-cert (PEM).
+    #[arg(long, value_name = "FILE", requires = "ca_cert")]
+    pub(crate) ca_key: Option<PathBuf>,
+    /// Folder to keep the CA in, so that another run goes on with it; without it, it ends with the mesh.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) ca_dir: Option<PathBuf>,
+    /// Lifetime of certificates, such as `90m`; they are renewed at half of it.
+    #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = parse_span)]
+    pub(crate) cert_lifetime: std::time::Duration,
 }
 
 /// Arguments of `heddle exec`.

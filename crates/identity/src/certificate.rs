@@ -90,6 +90,14 @@ pub fn verify(
     Ok(())
 }
 
+/// When a certificate (DER) ends.
+///
+/// # Errors
+/// It cannot be read.
+pub fn not_after(certificate: &[u8]) -> Result<SystemTime, CertificateError> {
+    Ok(validity(&parse(certificate)?).1)
+}
+
 /// Certificates as PEM, one after the other.
 #[must_use]
 pub fn to_pem<'a>(certificates: impl IntoIterator<Item = &'a CertificateDer<'static>>) -> String {

@@ -18,7 +18,8 @@ use api::{
     mesh::MeshConfig,
     pod::{PodStatus, Protocol},
 };
-use control::{ControlConfig, ControlPlane};
+use control::{CaConfig, ControlConfig, ControlPlane, OperatorCa};
+use identity::ca_api::CA_PORT;
 use runtime::{
     claim::Claim,
     layout::Layout,
@@ -33,7 +34,7 @@ use tokio::{
 
 use super::many_threads;
 use crate::{
-    cli::UpArgs,
+    cli::{CaArgs, UpArgs},
     server::{self, Mesh},
 };
 
@@ -104,8 +105,12 @@ async fn serve(
         nodes: nodes.clone(),
         xds_socket: layout.control_socket(),
         system_pods: vec![publish::relay_pod(&nodes[0])],
+        ca: ca_config(&args.ca, &layout),
     })
     .await?;
+    let ca_addresses = mesh_config
+        .control_addresses()
+        .map(|address| SocketAddr::new(address, CA_PORT));
     let runtime = Runtime::start(RuntimeConfig {
         mesh: mesh_config,
         layout: layout.clone(),
@@ -116,6 +121,7 @@ async fn serve(
         drain: DRAIN,
     })
     .await?;
+    control.listen_on(runtime.fabric().netns(), &ca_addresses)?;
     let (control, runtime) = (Arc::new(control), Arc::new(runtime));
     let (unpublished_sender, unpublished) = watch::channel(Vec::new());
     let stop = Arc::new(watch::Sender::new(false));
@@ -146,6 +152,16 @@ async fn serve(
     tracing::info!("stopping");
     runtime.shutdown().await;
     Ok(())
+}
+
+fn ca_config(args: &CaArgs, layout: &Layout) -> CaConfig {
+    let state_dir = args.ca_dir.clone();
+    let operator = args.ca_cert.clone().zip(args.ca_key.clone());
+    CaConfig {
+        operator: operator.map(|(certificate, key)| OperatorCa { certificate, key }),
+        lifetime: args.cert_lifetime,
+        ..CaConfig::new(state_dir.unwrap_or_else(|| layout.run_dir().join("ca")))
+    }
 }
 
 fn announce(mesh: &str, dir: &Path) {

@@ -23,7 +23,8 @@ use crate::{
 
 /// A root that is made here lives so long; it is rotated long before.
 pub(super) const ROOT_LIFETIME: Duration = Duration::from_secs(10 * 365 * 86400);
-/// Clocks of nodes may be behind by so much.
+/// Clocks of nodes may be behind by so much; but a certificate is never backdated by more than a tenth of its lifetime, or
+/// half of it would be over too soon.
 pub(super) const BACKDATE: Duration = Duration::from_secs(60);
 /// Certificates between a CA certificate and its root, both included.
 const MAX_CHAIN: usize = 8;
@@ -202,7 +203,7 @@ impl Signer {
         if leaf.now < self.not_before || leaf.now >= self.not_after {
             return Err(SignError::AuthorityExpired);
         }
-        let backdate = BACKDATE.min(leaf.lifetime);
+        let backdate = BACKDATE.min(leaf.lifetime / 10);
         let mut params = CertificateParams::default();
         params.not_before = (leaf.now - backdate).max(self.not_before).into();
         params.not_after = (leaf.now + leaf.lifetime).min(self.not_after).into();

@@ -54,6 +54,20 @@ fn spawn(args: &UpArgs, log: &Path) -> anyhow::Result<Child> {
     for size in &args.map_size {
         command.args(["--map-size", &size.to_string()]);
     }
+    let ca = &args.ca;
+    command.args([
+        "--cert-lifetime",
+        &format!("{}s", ca.cert_lifetime.as_secs()),
+    ]);
+    for (flag, path) in [
+        ("--ca-cert", &ca.ca_cert),
+        ("--ca-key", &ca.ca_key),
+        ("--ca-dir", &ca.ca_dir),
+    ] {
+        if let Some(path) = path {
+            command.arg(flag).arg(path);
+        }
+    }
     // A terminal's Ctrl-C and hang-up are for who runs in it, and descriptors (a lock, the end of a pipe) for who
     // opened them: the mesh must not hold them for as long as it runs.
     Placement::new().apply(&mut command);
