@@ -35,7 +35,7 @@ use std::{
 
 use futures::future::BoxFuture;
 use linux::netns::Netns;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
 pub use self::status::{CertificateState, CertificateStatus};
@@ -122,6 +122,8 @@ struct Shared {
     channel: watch::Sender<Option<client::Client>>,
     /// Counts how often the authority was reached again: who waits to try again tries then.
     reached: watch::Sender<u64>,
+    /// The authority does not take the node's certificate, however good it looks here.
+    rejected: Notify,
     fetches: Semaphore,
     entries: Mutex<HashMap<SpiffeId, Entry>>,
     /// Where who asks for an identity of another node waits, for ever.
@@ -163,6 +165,7 @@ impl Keeper {
             node_health: Mutex::default(),
             channel: watch::Sender::new(None),
             reached: watch::Sender::new(0),
+            rejected: Notify::new(),
             fetches: Semaphore::new(FETCHES_AT_A_TIME),
             entries: Mutex::default(),
             nobody: watch::Sender::new(None),

@@ -534,3 +534,28 @@ impl Mesh {
         self.engine.apply_reports([(pod.uid.clone(), Some(status))]);
     }
 }
+
+#[test]
+fn an_account_counts_where_its_replicas_are_and_where_they_still_run() {
+    use crate::ca::Placements as _;
+
+    let text = |node: &str| workload("web", &format!("serviceAccountName: web, node: {node}"));
+    let mut mesh = Mesh::new(&(text("n1") + &workload("other", "node: n1")));
+    let placed = Arc::clone(&mesh.outputs.placed);
+    let runs = |node| placed.runs(node, "default", "web");
+    assert!(runs("n1"), "before it runs: it needs its identity to begin");
+    assert!(!runs("n2") && !placed.runs("n1", "else", "web"));
+    assert_eq!(placed.accounts("n1", 9), ["default/default", "default/web"]);
+    assert_eq!(placed.accounts("n1", 1), ["default/default"]);
+    mesh.run("default/web-0", "10.244.0.2");
+    mesh.edit(&text("n2"));
+    assert!(runs("n2") && runs("n1"), "it drains where it was");
+    mesh.run("default/web-0", "10.244.1.2");
+    assert!(runs("n2") && !runs("n1"));
+    assert_eq!(placed.accounts("n1", 9), Vec::<String>::new());
+    mesh.edit("");
+    assert!(runs("n2"), "until it is gone");
+    mesh.engine
+        .apply_reports([("default/web-0".to_owned(), None)]);
+    assert!(!runs("n2"));
+}

@@ -220,18 +220,23 @@ async fn what_has_expired_is_dropped_and_the_node_joins_anew() {
 async fn a_certificate_of_a_lost_root_leads_to_joining_anew() {
     let mut world = World::start(|_| {});
     let keeper = world.keeper("n1", vec![world.token("n1")]);
-    until(&keeper, &node("n1"), |_| true).await;
+    let a = account("a");
+    keeper.want(&a, "pod").unwrap();
+    until(&keeper, &a, |_| true).await;
+    eventually("the bundle is kept", || {
+        world.state_dir("n1").join("bundle.json").exists()
+    })
+    .await;
     drop(keeper);
     world.stop().await;
     std::fs::remove_dir_all(&world.config.state_dir).unwrap();
     world.listen();
     let keeper = world.keeper("n1", vec![world.token("n1")]);
-    let a = account("a");
     keeper.want(&a, "pod").unwrap();
-    // Its kept certificate still looks good to it; the authority tells it otherwise when it asks.
+    // Its kept certificates still look good to it; the authority tells it otherwise when it asks.
     let status = timeout(DEADLINE, async {
         loop {
-            let bundle = keeper.bundle().borrow().clone();
+            let bundle = world.ca().authority().bundle().borrow().clone();
             if let Some(svid) = keeper.svid(&a).borrow().clone()
                 && verify(&svid.chain, &bundle.roots, SystemTime::now()).is_ok()
             {

@@ -1,6 +1,6 @@
 //! The node's own identity: obtained with a join token, renewed with itself; and the connection made with it.
 
-use std::{sync::Arc, time::SystemTime};
+use std::{ops::ControlFlow, sync::Arc, time::SystemTime};
 
 use super::{
     Shared,
@@ -19,10 +19,13 @@ pub(super) async fn keep(shared: Arc<Shared>) {
             Some(svid) => Wait::renewal(svid),
             None => Wait::retry(failures, current.as_deref()),
         };
-        if renewal::sleep(&shared, &shared.stop, wait, &shared.node)
-            .await
-            .is_break()
-        {
+        // A certificate that is not taken is renewed before its time; after failures the waits are kept.
+        let slept = tokio::select! {
+            slept = renewal::sleep(&shared, &shared.stop, wait, &shared.node) => slept,
+            () = renewal::untrusted(&shared, &shared.node), if failures == 0 => ControlFlow::Continue(()),
+            () = shared.rejected.notified(), if failures == 0 => ControlFlow::Continue(()),
+        };
+        if slept.is_break() {
             return;
         }
         let fetched = tokio::select! {

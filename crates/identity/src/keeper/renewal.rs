@@ -11,7 +11,7 @@ use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::{Shared, client::Failure, lock, schedule};
-use crate::{SpiffeId, Svid};
+use crate::{SpiffeId, Svid, certificate};
 
 /// How the last tries went.
 #[derive(Debug, Default)]
@@ -96,7 +96,11 @@ pub(super) async fn keep(
             Some(svid) => Wait::renewal(svid),
             None => Wait::retry(failures, current.as_deref()).at_least(hint),
         };
-        if sleep(&shared, &stop, wait, &svid).await.is_break() {
+        let slept = tokio::select! {
+            slept = sleep(&shared, &stop, wait, &svid) => slept,
+            () = untrusted(&shared, &svid), if failures == 0 => ControlFlow::Continue(()),
+        };
+        if slept.is_break() {
             return;
         }
         let fetched = tokio::select! {
@@ -123,6 +127,9 @@ pub(super) async fn keep(
             }
             Err(failure) => {
                 failures += 1;
+                if matches!(failure, Failure::Unauthenticated(_)) {
+                    shared.rejected.notify_one();
+                }
                 complain(&id, &failure, failures);
             }
         }
@@ -184,6 +191,22 @@ pub(super) async fn sleep(
             }
         }
     }
+}
+
+/// Until the bundle changes to one by which the certificate is not good any more: the authority has lost its old root.
+pub(super) async fn untrusted(shared: &Shared, svid: &watch::Sender<Option<Arc<Svid>>>) {
+    let mut bundle = shared.bundle.subscribe();
+    while bundle.changed().await.is_ok() {
+        let roots = bundle.borrow_and_update().roots.clone();
+        let current = svid.borrow().clone();
+        if let Some(current) = current
+            && let Err(error) = certificate::verify(&current.chain, &roots, SystemTime::now())
+        {
+            tracing::warn!(identity = %current.id, %error, "the certificate is renewed before its time");
+            return;
+        }
+    }
+    std::future::pending().await
 }
 
 /// The first failure is worth a warning, and then every doubling of their number.

@@ -18,6 +18,9 @@ pub(super) async fn follow(shared: Arc<Shared>) {
             continue;
         };
         failures += 1;
+        if matches!(failure, Failure::Unauthenticated(_)) {
+            shared.rejected.notify_one();
+        }
         tracing::debug!(reason = %failure, failures, "the stream of trust bundles ended");
         tokio::select! {
             () = tokio::time::sleep(schedule::until_retry(failures, None, fastrand::f64())) => {}
