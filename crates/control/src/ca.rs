@@ -76,28 +76,28 @@ pub enum CaError {
     #[error(transparent)]
     Authority(#[from] AuthorityError),
     /// An operator's file cannot be read.
-    #[error("the CA's file {} cannot be read: {source}", path.display())]
+    #[error("the CA's file {} cannot be read: {reason}", path.display())]
     File {
         /// The file.
         path: PathBuf,
         /// The system's answer.
-        source: io::Error,
+        reason: io::Error,
     },
     /// The CA is none that can be used.
-    #[error("the CA in {}: {source}", path.display())]
+    #[error("the CA in {}: {reason}", path.display())]
     Operator {
         /// The certificate's file.
         path: PathBuf,
         /// What is wrong.
-        source: AuthorityError,
+        reason: AuthorityError,
     },
     /// The socket is refused.
-    #[error("the certificate authority cannot listen on {address}: {source}")]
+    #[error("the certificate authority cannot listen on {address}: {reason}")]
     Listen {
         /// Where.
         address: SocketAddr,
         /// The system's answer.
-        source: io::Error,
+        reason: io::Error,
     },
     /// There is no certificate for the server itself.
     #[error("the certificate authority has no certificate for its own server: {0}")]
@@ -149,9 +149,9 @@ impl CertificateAuthority {
             Some(files) => {
                 let (certificate, key) = (read(&files.certificate)?, read(&files.key)?);
                 Authority::open(settings, &config.state_dir, Some((&certificate, &key))).map_err(
-                    |source| CaError::Operator {
+                    |reason| CaError::Operator {
                         path: files.certificate.clone(),
-                        source,
+                        reason,
                     },
                 )?
             }
@@ -290,9 +290,9 @@ async fn tick(authority: Arc<Authority>, service: Service, stop: CancellationTok
 }
 
 fn read(path: &Path) -> Result<String, CaError> {
-    fs::read_to_string(path).map_err(|source| CaError::File {
+    fs::read_to_string(path).map_err(|reason| CaError::File {
         path: path.to_owned(),
-        source,
+        reason,
     })
 }
 

@@ -83,9 +83,9 @@ pub(super) fn bind(
 ) -> Result<Vec<(TcpListener, SocketAddr)>, CaError> {
     let mut listeners = Vec::new();
     for address in addresses {
-        let error = |source| CaError::Listen {
+        let error = |reason| CaError::Listen {
             address: *address,
-            source,
+            reason,
         };
         let socket = netns
             .run(|| StdListener::bind(address))

@@ -157,18 +157,18 @@ impl Inner {
         }
         let csr = CertificateRequest::from_pem(&asked.csr).map_err(status)?;
         csr.check_name(&id).map_err(status)?;
-        if let Some(token) = &caller.token {
-            // Used up only by a request that is otherwise in order, and by one alone.
-            self.tokens
-                .redeem(token)
-                .map_err(|error| Status::unauthenticated(error.to_string()))?;
-        }
         let lifetime = match asked.validity_duration {
             0 => None,
             seconds => Some(Duration::from_secs(u64::try_from(seconds).map_err(
                 |_| Status::invalid_argument("validity_duration is negative"),
             )?)),
         };
+        if let Some(token) = &caller.token {
+            // Used up only by a request that is otherwise in order, and by one alone.
+            self.tokens
+                .redeem(token)
+                .map_err(|error| Status::unauthenticated(error.to_string()))?;
+        }
         let issued = self.authority.sign(&csr, &id, lifetime).map_err(status)?;
         add(&self.counters.signed);
         if caller.token.is_some() {

@@ -95,12 +95,12 @@ pub enum AuthorityError {
         most: Duration,
     },
     /// The folder or file cannot be used.
-    #[error("the CA's state in {} cannot be used: {source}", path.display())]
+    #[error("the CA's state in {} cannot be used: {reason}", path.display())]
     Files {
         /// Folder or file.
         path: PathBuf,
         /// The system's answer.
-        source: io::Error,
+        reason: io::Error,
     },
     /// What is kept is not what was written.
     #[error("the CA's state in {} is damaged: {reason}. Restore it from a backup; or remove it, then no certificate of this mesh is trusted any more", path.display())]

@@ -51,9 +51,9 @@ struct KeptGeneration {
 
 impl Store {
     pub(super) fn open(folder: &Path) -> Result<Self, AuthorityError> {
-        let files = |source| AuthorityError::Files {
+        let files = |reason| AuthorityError::Files {
             path: folder.to_owned(),
-            source,
+            reason,
         };
         files::private_folder(folder).map_err(files)?;
         let lock = File::create(folder.join(LOCK)).map_err(files)?;
@@ -73,9 +73,9 @@ impl Store {
 
     /// What was saved last; nothing if there never was anything.
     pub(super) fn load(&self, trust_domain: &str) -> Result<Vec<Generation>, AuthorityError> {
-        let content = files::read(&self.path).map_err(|source| AuthorityError::Files {
+        let content = files::read(&self.path).map_err(|reason| AuthorityError::Files {
             path: self.path.clone(),
-            source,
+            reason,
         })?;
         let Some(content) = content else {
             return Ok(Vec::new());
@@ -116,9 +116,9 @@ impl Store {
             generations: generations.iter().map(KeptGeneration::of).collect(),
         };
         let content = serde_json::to_vec_pretty(&kept).map_err(AuthorityError::crypto)?;
-        files::write(&self.path, &content).map_err(|source| AuthorityError::Files {
+        files::write(&self.path, &content).map_err(|reason| AuthorityError::Files {
             path: self.path.clone(),
-            source,
+            reason,
         })
     }
 

@@ -206,7 +206,7 @@ pub(super) async fn untrusted(shared: &Shared, svid: &watch::Sender<Option<Arc<S
             return;
         }
     }
-    std::future::pending().await
+    std::future::pending::<()>().await;
 }
 
 /// The first failure is worth a warning, and then every doubling of their number.
