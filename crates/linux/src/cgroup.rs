@@ -1,9 +1,11 @@
-//! Cgroup v2 folders: made, joined, killed, removed. Limits are in [`limits`].
+//! Cgroup v2 folders: made, joined, killed, removed. Limits are in [`limits`], names in `/proc` in
+//! [`location`].
 //!
 //! A cgroup is the one handle on "everything that this workload started" that no program escapes:
 //! teardown kills by cgroup, never by process name or parent.
 
 pub mod limits;
+pub mod location;
 
 use std::{
     fs, io,

@@ -5,7 +5,11 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
-use nix::sys::signal::Signal;
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::signal::Signal,
+};
 
 use crate::sys;
 
@@ -37,7 +41,21 @@ impl PidFd {
     /// Whether the process still runs (a zombie does not).
     #[must_use]
     pub fn is_alive(&self) -> bool {
-        sys::pidfd_send_signal(&self.fd, 0).is_ok()
+        // A signal would reach a zombie; the descriptor is readable from the process's end on (pidfd_open(2)).
+        let mut ended = [PollFd::new(self.fd.as_fd(), PollFlags::POLLIN)];
+        loop {
+            match poll(&mut ended, PollTimeout::ZERO) {
+                Err(Errno::EINTR) => {}
+                ended => return ended == Ok(0),
+            }
+        }
+    }
+}
+
+impl From<OwnedFd> for PidFd {
+    /// A process descriptor that the kernel gave out in another way.
+    fn from(fd: OwnedFd) -> Self {
+        Self { fd }
     }
 }
 
@@ -63,5 +81,19 @@ mod tests {
         assert!(!pidfd.is_alive());
         let error = pidfd.signal(Signal::SIGTERM).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ESRCH));
+    }
+
+    #[test]
+    fn one_that_has_ended_and_is_not_reaped_does_not_run() {
+        let mut child = Command::new("true").spawn().unwrap();
+        let pidfd = PidFd::open(child.id()).unwrap();
+        let start = std::time::Instant::now();
+        while pidfd.is_alive() {
+            assert!(start.elapsed().as_secs() < 20);
+            std::thread::yield_now();
+        }
+        pidfd.signal(Signal::SIGTERM).unwrap();
+        child.wait().unwrap();
+        assert!(!pidfd.is_alive());
     }
 }
