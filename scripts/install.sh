@@ -118,10 +118,11 @@ install_cargo_tool() {
 
 # --- Python programs of the demo -----------------------------------------------------------------
 
-python_packages=(httpbin==0.10.4 gunicorn==27.0.1 redis==8.1.0)
+# For the demo, and the SPIFFE client that the tests use as a workload would.
+python_packages=(httpbin==0.10.4 gunicorn==27.0.1 redis==8.1.0 spiffe==0.3.2)
 
 python_programs_work() {
-    [ -x "$venv/bin/gunicorn" ] && "$venv/bin/python" -c 'import httpbin, gunicorn, redis' >/dev/null 2>&1
+    [ -x "$venv/bin/gunicorn" ] && "$venv/bin/python" -c 'import httpbin, gunicorn, redis, spiffe' >/dev/null 2>&1
 }
 
 install_python_programs() {

@@ -4,7 +4,11 @@ use std::error::Error;
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto");
-    let files = ["istio_ca.proto", "heddle_identity.proto"];
+    let files = [
+        "heddle_identity.proto",
+        "istio_ca.proto",
+        "workload_api.proto",
+    ];
     let descriptors = protox::compile(files, ["proto"])?;
     tonic_prost_build::configure().compile_fds(descriptors)?;
     Ok(())
