@@ -30,7 +30,10 @@ fn workloads_are_what_they_were_asked_to_be() {
         ),
         client("shop/twice", "  replicas: 2\n"),
         namespace("other"),
-        client("other/files", ""),
+        client(
+            "other/files",
+            "  env: [{name: SPIFFE_ENDPOINT_SOCKET, value: \"unix:///mine\"}]\n",
+        ),
     ]
     .concat();
     let mesh = Mesh::start("workloads", &[("objects.yaml", &objects)]);
@@ -60,6 +63,16 @@ fn commands_run_as_the_workload(mesh: &Mesh) {
     let outcome = mesh.shell("plain", line).success();
     assert_eq!(outcome.stdout, "nobody\n/opt\nplain-0\ngood day\n1\n");
     assert_eq!(outcome.stderr, "error\n");
+
+    // Where identities are handed out: SPIFFE clients find it, and it is not the workload's to change.
+    let line = "echo $SPIFFE_ENDPOINT_SOCKET; test -d /run/spiffe/workload && ! touch /run/spiffe/workload/x 2> /dev/null && echo there";
+    let outcome = mesh.shell("plain", line).success();
+    assert_eq!(
+        outcome.stdout,
+        "unix:///run/spiffe/workload/agent.sock\nthere\n"
+    );
+    let outcome = mesh.shell("other/files", "echo $SPIFFE_ENDPOINT_SOCKET");
+    assert_eq!(outcome.success().stdout, "unix:///mine\n");
 
     // What goes in comes out, whatever it is.
     let bytes: Vec<u8> = (0..200_000_u32)

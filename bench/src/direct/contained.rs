@@ -108,6 +108,7 @@ impl Contained {
                 hostname: name.into(),
                 addresses: Vec::new(),
                 scratch,
+                identity: None,
                 nameserver: MeshConfig::default().dns_v4(),
                 search: Vec::new(),
                 files: BTreeMap::new(),

@@ -108,7 +108,12 @@ impl Node {
         }
         let log = layout.agent_log(NODE);
         let logs = log.parent().context("the log has no folder")?.to_owned();
-        for folder in [layout.state_dir(NODE), layout.pin_dir(NODE), logs] {
+        for folder in [
+            layout.state_dir(NODE),
+            layout.pin_dir(NODE),
+            layout.identity_dir(NODE),
+            logs,
+        ] {
             fs::create_dir_all(&folder)
                 .with_context(|| format!("cannot create {}", folder.display()))?;
         }
@@ -124,6 +129,7 @@ impl Node {
             xds_socket: layout.control_socket(),
             enroll_socket: layout.enroll_socket(NODE),
             api_socket: layout.agent_socket(NODE),
+            identity_socket: layout.identity_socket(NODE),
             pin_dir: layout.pin_dir(NODE),
             state_dir: layout.state_dir(NODE),
             cgroup: cgroup.path().into(),

@@ -22,6 +22,8 @@ pub struct NodeConfig {
     pub enroll_socket: PathBuf,
     /// Where the agent listens for the operator's tools.
     pub api_socket: PathBuf,
+    /// Where the agent hands identities out to workloads; the folder exists, and every workload sees it.
+    pub identity_socket: PathBuf,
     /// The agent's own folder on a bpffs, which exists.
     pub pin_dir: PathBuf,
     /// The agent's own folder for what must outlive it.

@@ -119,7 +119,7 @@ fn build(spec: &InitSpec) -> Result<(), Error> {
         | CloneFlags::CLONE_NEWUTS
         | CloneFlags::CLONE_NEWCGROUP;
     unshare(namespaces).during(|| "create the container's namespaces".into())?;
-    root::build(&spec.scratch)?;
+    root::build(&spec.scratch, spec.identity.as_deref())?;
     sethostname(&spec.hostname).during(|| format!("set the host name {}", spec.hostname))?;
     files::place(spec)?;
     confine::apply()

@@ -23,6 +23,10 @@ use crate::{
 
 /// Folder of the run folders of all meshes.
 pub const RUN_DIR: &str = "/run/heddle";
+/// Where a container sees its node's [`Layout::identity_dir`].
+pub const IDENTITY_FOLDER: &str = "/run/spiffe/workload";
+/// Name of the socket in it.
+pub const IDENTITY_SOCKET: &str = "agent.sock";
 /// How long a new `up` waits for one that is just ending, or for its guardian.
 const LOCK_PATIENCE: Duration = Duration::from_secs(3);
 
@@ -122,6 +126,18 @@ impl Layout {
     #[must_use]
     pub fn agent_socket(&self, node: &str) -> PathBuf {
         self.node_dir(node).join("agent.sock")
+    }
+
+    /// What every workload of the node sees, read-only: nothing but the socket below.
+    #[must_use]
+    pub fn identity_dir(&self, node: &str) -> PathBuf {
+        self.node_dir(node).join("identity")
+    }
+
+    /// Where the node's agent hands identities out to workloads.
+    #[must_use]
+    pub fn identity_socket(&self, node: &str) -> PathBuf {
+        self.identity_dir(node).join(IDENTITY_SOCKET)
     }
 
     /// The agent's settings (`api::node_config`).

@@ -18,6 +18,9 @@ pub struct InitSpec {
     pub addresses: Vec<IpAddr>,
     /// A folder of its own on a writable filesystem: takes what it writes.
     pub scratch: PathBuf,
+    /// A folder of the machine to show read-only where identities are handed out
+    /// ([`IDENTITY_FOLDER`](crate::layout::IDENTITY_FOLDER)).
+    pub identity: Option<PathBuf>,
     /// The one name server in `/etc/resolv.conf`.
     pub nameserver: Ipv4Addr,
     /// Search list in `/etc/resolv.conf`.

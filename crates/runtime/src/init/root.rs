@@ -17,7 +17,10 @@ use nix::{
     unistd::{chdir, fchdir, pivot_root},
 };
 
-use crate::error::{During, Error};
+use crate::{
+    error::{During, Error},
+    layout::IDENTITY_FOLDER,
+};
 
 /// Filesystems that hold files of the machine, as opposed to windows into its kernel.
 const DISKS: &[&str] = &[
@@ -64,8 +67,9 @@ const DEVICE_LINKS: &[(&str, &str)] = &[
     ("ptmx", "pts/ptmx"),
 ];
 
-/// Builds the root below `scratch` and makes it the root of this process. The mount namespace must be new.
-pub(super) fn build(scratch: &Path) -> Result<(), Error> {
+/// Builds the root below `scratch` and makes it the root of this process; of the machine's folders with
+/// sockets it shows `identity` alone. The mount namespace must be new.
+pub(super) fn build(scratch: &Path, identity: Option<&Path>) -> Result<(), Error> {
     // Modes are given in full below.
     umask(Mode::empty());
     // First of all: nothing done here may travel back to the machine.
@@ -88,21 +92,52 @@ pub(super) fn build(scratch: &Path) -> Result<(), Error> {
             bind_read_only(&disk.target, &inside)?;
         }
     }
+    run_folder(&root, identity)?;
     enter(&root)?;
     kernel_windows()?;
     devices()?;
-    for (folder, mode) in [("/run", "755"), ("/tmp", "1777"), ("/var/tmp", "1777")] {
+    for folder in ["/tmp", "/var/tmp"] {
         own_tmpfs(
             folder,
-            &format!("mode={mode},size=25%"),
+            "mode=1777,size=25%",
             MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
         )?;
     }
-    create_dir_all("/run/lock")
-        .and_then(|()| fs::set_permissions("/run/lock", fs::Permissions::from_mode(0o1777)))
-        .during(|| "create /run/lock".into())?;
     umask(Mode::from_bits_truncate(0o022));
     Ok(())
+}
+
+/// Made before the machine's own is out of sight, because of what it shows of it. It is bound as a folder, so that the
+/// socket of an agent that starts later, or anew, appears in it.
+fn run_folder(root: &Path, identity: Option<&Path>) -> Result<(), Error> {
+    let run = root.join("run");
+    let failed = || "build /run".into();
+    create_dir_all(&run).during(failed)?;
+    mount_at(
+        Some("tmpfs"),
+        &run,
+        Some("tmpfs"),
+        MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
+        "mode=755,size=25%",
+    )?;
+    let folder = |path: &Path, mode| {
+        create_dir_all(path)
+            .and_then(|()| fs::set_permissions(path, fs::Permissions::from_mode(mode)))
+            .during(failed)
+    };
+    folder(&run.join("lock"), 0o1777)?;
+    let Some(identity) = identity else {
+        return Ok(());
+    };
+    let target = root.join(IDENTITY_FOLDER.trim_start_matches('/'));
+    let made: Vec<&Path> = target
+        .ancestors()
+        .take_while(|above| *above != run)
+        .collect();
+    for path in made.into_iter().rev() {
+        folder(path, 0o755)?;
+    }
+    bind_read_only(identity, &target)
 }
 
 fn is_other_disk(mount: &Mount) -> bool {

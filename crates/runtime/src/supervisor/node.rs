@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    os::unix::fs::PermissionsExt,
     sync::{Arc, Mutex},
 };
 
@@ -43,6 +44,11 @@ impl NodeRuntime {
         for folder in [layout.state_dir(node), layout.pin_dir(node)] {
             fs::create_dir_all(&folder).during(|| format!("create {}", folder.display()))?;
         }
+        // Whoever looks in from a workload is of any user.
+        let identity = layout.identity_dir(node);
+        fs::create_dir_all(&identity)
+            .and_then(|()| fs::set_permissions(&identity, fs::Permissions::from_mode(0o755)))
+            .during(|| format!("create {}", identity.display()))?;
         let enroll = EnrollServer::start(&layout.enroll_socket(node), node, host.clone())?;
         let agent = Agent::start(AgentSpec {
             executable: config.executable.clone(),
@@ -52,6 +58,7 @@ impl NodeRuntime {
                 xds_socket: layout.control_socket(),
                 enroll_socket: layout.enroll_socket(node),
                 api_socket: layout.agent_socket(node),
+                identity_socket: layout.identity_socket(node),
                 pin_dir: layout.pin_dir(node),
                 state_dir: layout.state_dir(node),
                 cgroup: cgroup.path().into(),

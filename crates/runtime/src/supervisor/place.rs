@@ -26,6 +26,7 @@ use crate::{
     error::{During, Error},
     exec::{ExecSpec, ExecTarget},
     fabric::PodNetwork,
+    layout::{IDENTITY_FOLDER, IDENTITY_SOCKET},
     logs::Log,
     publish,
 };
@@ -107,6 +108,7 @@ impl Place {
         spawn_blocking(move || emptied(&scratch))
             .await
             .map_err(|error| Error::Container(error.to_string()))??;
+        let layout = &self.shared.config.layout;
         let mesh = &self.shared.config.mesh;
         let domain = &mesh.cluster_domain;
         let container = Container::start(ContainerSpec {
@@ -115,6 +117,7 @@ impl Place {
                 hostname: spec.name.clone(),
                 addresses: self.network.addresses.to_vec(),
                 scratch: self.scratch.clone(),
+                identity: Some(layout.identity_dir(&self.node)),
                 nameserver: mesh.dns_v4(),
                 search: vec![
                     format!("{}.svc.{domain}", spec.namespace),
@@ -199,9 +202,13 @@ pub(super) fn complaint(limits: &AppliedLimits) -> Option<String> {
 }
 
 fn program(spec: &PodSpec) -> ProgramSpec {
+    // Where SPIFFE clients look (SPIFFE_Workload_Endpoint, section 4).
+    let mut env = spec.env.clone();
+    env.entry("SPIFFE_ENDPOINT_SOCKET".into())
+        .or_insert_with(|| format!("unix://{IDENTITY_FOLDER}/{IDENTITY_SOCKET}"));
     ProgramSpec {
         command: spec.command.clone(),
-        env: spec.env.clone(),
+        env,
         user: spec.user.clone(),
         working_dir: spec.working_dir.clone(),
     }

@@ -3,7 +3,12 @@
 
 mod support;
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::BTreeMap,
+    io::{BufRead, BufReader, Write},
+    os::unix::{fs::PermissionsExt, net::UnixListener},
+    time::Duration,
+};
 
 use libtest_mimic::{Arguments, Trial};
 use runtime::{
@@ -33,6 +38,10 @@ fn main() {
                 the_machine_cannot_be_written,
             ),
             test("folders_are_its_own", folders_are_its_own),
+            test(
+                "the_identity_socket_is_seen_and_nothing_beside_it",
+                the_identity_socket_is_seen_and_nothing_beside_it,
+            ),
             test("rights_are_gone", rights_are_gone),
             test("names_come_from_the_mesh", names_come_from_the_mesh),
             test("users_and_files", users_and_files),
@@ -122,6 +131,69 @@ fn folders_are_its_own() {
         "echo x > /dev/null && head -c 3 /dev/zero | wc -c; cat /proc/timer_list 2> /dev/null | wc -c",
         "3\n0\n",
     );
+}
+
+/// The folder is there before the socket is, and shows the socket of the next agent too.
+fn the_identity_socket_is_seen_and_nothing_beside_it() {
+    let node = tempfile::tempdir().unwrap();
+    let identity = node.path().join("identity");
+    std::fs::create_dir(&identity).unwrap();
+    std::fs::set_permissions(&identity, std::fs::Permissions::from_mode(0o755)).unwrap();
+    std::fs::write(node.path().join("secret"), "").unwrap();
+    let socket = identity.join("agent.sock");
+    let listen = || {
+        let listener = UnixListener::bind(&socket).unwrap();
+        std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o666)).unwrap();
+        listener
+    };
+
+    let mut pod = Pod::new();
+    pod.spec.identity = Some(identity.clone());
+    pod.spec.program.user = Some("nobody".into());
+    let script = "cd /run/spiffe/workload; find /run /run/spiffe/workload/.. | sort -u
+        until test -S agent.sock; do sleep 0.01; done
+        for i in 1 2; do python3 -c 'import socket
+s = socket.socket(socket.AF_UNIX)
+s.connect(\"/run/spiffe/workload/agent.sock\")
+print(s.recv(9).decode())'; done";
+    let (container, reader) = pod.start(&["sh", "-c", script]).unwrap();
+    let mut reader = BufReader::new(reader);
+    for line in [
+        "/run",
+        "/run/lock",
+        "/run/spiffe",
+        "/run/spiffe/workload",
+        "/run/spiffe/workload/..",
+        "/run/spiffe/workload/../workload",
+    ] {
+        assert_eq!(read_line(&mut reader), line);
+    }
+    let first = listen();
+    let (mut stream, _) = first.accept().unwrap();
+    std::fs::remove_file(&socket).unwrap();
+    let second = listen();
+    stream.write_all(b"first").unwrap();
+    drop(stream);
+    let (mut stream, _) = second.accept().unwrap();
+    stream.write_all(b"second").unwrap();
+    drop(stream);
+    assert_eq!(read_line(&mut reader), "first");
+    assert_eq!(read_line(&mut reader), "second");
+    assert_eq!(pod.wait(container), 0);
+
+    // Nor for root is there anything to change.
+    let mut pod = Pod::new();
+    pod.spec.identity = Some(identity);
+    let script = "cd /run/spiffe/workload
+        for change in 'touch x' 'rm agent.sock' 'mv agent.sock x' 'chmod 600 agent.sock' 'chown 1 agent.sock' 'chmod 777 .' 'mount -o remount,rw .' 'umount .'; do
+            $change 2> /dev/null && echo \"possible: $change\"; done; ls -A";
+    assert_eq!(pod.run(&["sh", "-c", script]), ("agent.sock\n".into(), 0));
+}
+
+fn read_line(reader: &mut impl BufRead) -> String {
+    let mut line = String::new();
+    reader.read_line(&mut line).unwrap();
+    line.trim_end().to_owned()
 }
 
 fn rights_are_gone() {

@@ -98,6 +98,7 @@ impl Pod {
                 hostname: "web-0".into(),
                 addresses: vec!["10.244.0.2".parse().unwrap()],
                 scratch: scratch.path().into(),
+                identity: None,
                 nameserver: "10.96.0.10".parse().unwrap(),
                 search: [
                     "shop.svc.cluster.local",
@@ -167,7 +168,7 @@ impl Pod {
         body(self, container.pid());
     }
 
-    fn wait(&mut self, mut container: Container) -> i32 {
+    pub(crate) fn wait(&mut self, mut container: Container) -> i32 {
         let exit = self
             .tokio
             .block_on(async { tokio::time::timeout(PATIENCE, container.wait()).await });
