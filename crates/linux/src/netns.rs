@@ -1,7 +1,7 @@
 //! Network namespaces, held by descriptor: a namespace without a name vanishes with its last holder.
 //!
 //! Work inside of a namespace is done on a fresh thread that has entered it, so that no other code
-//! is ever moved. Sockets made there stay there, whichever thread uses them later.
+//! is ever moved; or, if every microsecond counts, on a thread that is known to do nothing else meanwhile. Sockets made there stay there, whichever thread uses them later.
 
 use std::{
     fs::File,
@@ -65,6 +65,29 @@ impl Netns {
             setns(self, CloneFlags::CLONE_NEWNET)?;
             Ok(work())
         })?
+    }
+
+    /// Runs `work` in the namespace on this very thread, which is `home`'s before and after it. Some microseconds
+    /// instead of a fresh thread's tens: for threads that are their owner's alone, such as a worker's.
+    ///
+    /// # Errors
+    /// As [`Netns::run`]. If `home` cannot be entered again, the thread stays where it is: nothing can go on there.
+    pub fn visit<T>(&self, home: &Self, work: impl FnOnce() -> T) -> io::Result<T> {
+        struct Return<'a>(&'a Netns);
+        impl Drop for Return<'_> {
+            fn drop(&mut self) {
+                // Only on a panic: otherwise it was done, and the outcome looked at.
+                if thread::panicking() {
+                    let _ = setns(self.0, CloneFlags::CLONE_NEWNET);
+                }
+            }
+        }
+        setns(self, CloneFlags::CLONE_NEWNET)?;
+        let back = Return(home);
+        let done = work();
+        drop(back);
+        setns(home, CloneFlags::CLONE_NEWNET)?;
+        Ok(done)
     }
 
     /// The kernel's number for the namespace: never used again, and the same that BPF's `bpf_get_netns_cookie` gives.
@@ -131,6 +154,24 @@ mod tests {
             sys::netns_cookie(&listener).unwrap(),
             made.cookie().unwrap()
         );
+    }
+
+    #[test]
+    fn a_visitor_comes_back() {
+        thread::spawn(|| {
+            let home = Netns::current().unwrap();
+            let made = Netns::create().unwrap();
+            let inside = made
+                .visit(&home, || Netns::current().unwrap().cookie().unwrap())
+                .unwrap();
+            assert_eq!(inside, made.cookie().unwrap());
+            let panicked = std::panic::catch_unwind(|| made.visit(&home, || panic!("of the test")));
+            assert!(panicked.is_err());
+            let after = Netns::current().unwrap().cookie().unwrap();
+            assert_eq!(after, home.cookie().unwrap());
+        })
+        .join()
+        .unwrap();
     }
 
     #[test]
