@@ -67,8 +67,8 @@ impl TlsFailure {
 /// A tunnel connection that was accepted ended badly. Streams have their own [`crate::Outcome`].
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
-    /// As many handshakes as are allowed are in progress.
-    #[error("{limit} TLS handshakes are in progress already")]
+    /// It was the oldest of as many handshakes as are allowed, and made room.
+    #[error("the TLS handshake made room: {limit} that began later are in progress")]
     TooManyHandshakes {
         /// The bound.
         limit: usize,

@@ -162,6 +162,14 @@ impl ConnectHeaders {
     }
 }
 
+/// What HTTP/2 counts as the size of a header list (RFC 9113, section 6.5.2).
+pub(crate) fn list_size(headers: &HeaderMap) -> usize {
+    let sizes = headers
+        .iter()
+        .map(|(name, value)| name.as_str().len() + value.len() + 32);
+    sizes.sum()
+}
+
 fn write_forwarded(address: Option<SocketAddr>, host: Option<&str>) -> Option<String> {
     let address = address.map(|address| format!("for=\"{}\"", Authority::Address(address)));
     let host = host.map(|host| {

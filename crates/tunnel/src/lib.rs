@@ -12,9 +12,11 @@
 //! - [`limits`]: every bound, with its reason
 //! - `stream`: TLS over a socket
 //! - `connection`: the HTTP/2 connection's own life: pings, idleness, expiry
+//! - `handshakes`: how many are in progress
 
 mod connection;
 mod error;
+mod handshakes;
 pub mod headers;
 pub mod limits;
 pub mod pool;

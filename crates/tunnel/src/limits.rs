@@ -11,8 +11,11 @@ pub const CONNECTION_WINDOW: u32 = 16 << 20;
 pub const MAX_FRAME: u32 = 128 << 10;
 /// Bytes of a stream that wait here to be sent. When they are reached, its TCP connection is not read any more.
 pub const SEND_BUFFER: usize = 512 << 10;
-/// Longest header list that is read; a longer one is answered with 431 by the protocol layer.
+/// Longest header list (RFC 9113, section 6.5.2) of a `CONNECT`; a longer one is refused with 431.
 pub const MAX_HEADERS: u32 = 16 << 10;
+/// Longest header list that is looked at: beyond it the protocol layer answers 431 by itself, of which nobody learns, or
+/// ends the connection.
+pub const MOST_HEADERS: u32 = 64 << 10;
 /// Streams that a peer reset before we took notice of them; one more ends the connection (CVE-2023-44487).
 pub const MAX_PENDING_RESETS: usize = 64;
 /// Bookkeeping that a peer may cause with DATA frames far smaller than what they cost; more ends the connection.
@@ -26,7 +29,7 @@ pub struct ServerLimits {
     pub handshake_timeout: Duration,
     /// Time for the handler's answer to a `CONNECT`; then it is answered with 503.
     pub connect_timeout: Duration,
-    /// Handshakes in progress on one worker; one more is refused (they cost the CPU most).
+    /// Handshakes in progress on one worker; one more ends the oldest (they cost the CPU most).
     pub handshakes: usize,
     /// Connections of one worker; one more is refused.
     pub connections: usize,

@@ -1,7 +1,7 @@
 //! The accepting side: takes TLS connections and their `CONNECT` streams, asks the [`Handler`] about each, and relays
 //! what it lets in. Policy, addresses and the connection to the application are the handler's.
 //!
-//! Answers: 200 and then bytes; 400 for another method or a bad authority; otherwise what the handler says (401
+//! Answers: 200 and then bytes; 400 for another method or a bad authority; 431 for too many headers; otherwise what the handler says (401
 //! policy, 400 not its address, 503 not reachable or no answer in time).
 
 use std::{
@@ -28,7 +28,8 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     Authority, ConnectHeaders, End, Outcome, ServeError, ServerLimits, ServerTls, TlsFailure,
     connection::{Event, KeepAlive},
-    limits,
+    handshakes::Handshakes,
+    headers, limits,
     relay::{Relay, reset_on_close},
     stream::{self, Failure, Handshaken, TlsStream},
 };
@@ -38,7 +39,7 @@ use crate::{
 pub struct Peer {
     /// Its identity, from its certificate.
     pub id: SpiffeId,
-    /// Where it connects from.
+    /// Where it connects from; of IPv4 as such, also on an IPv6 socket.
     pub address: SocketAddr,
     /// The address of ours that it connected to.
     pub local_address: SocketAddr,
@@ -69,7 +70,7 @@ pub struct Accepted<S> {
 /// No leave to pass.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
-    /// The answer: 400, 401 or 503.
+    /// The answer: 400, 401, 431 or 503.
     pub status: StatusCode,
     /// Why, for logs; the peer is not told.
     pub reason: String,
@@ -104,7 +105,7 @@ pub struct Server<H> {
 struct Shared<H> {
     handler: H,
     limits: ServerLimits,
-    handshakes: AtomicUsize,
+    handshakes: Handshakes,
     connections: AtomicUsize,
 }
 
@@ -122,8 +123,8 @@ impl<H: Handler> Server<H> {
         Self {
             shared: Arc::new(Shared {
                 handler,
+                handshakes: Handshakes::new(limits.handshakes),
                 limits,
-                handshakes: AtomicUsize::new(0),
                 connections: AtomicUsize::new(0),
             }),
         }
@@ -157,15 +158,15 @@ impl<H: Handler> Server<H> {
                 limit: limits.connections,
             },
         )?;
-        let handshake = Count::take(&self.shared.handshakes, limits.handshakes).ok_or(
-            ServeError::TooManyHandshakes {
+        let handshake = self.shared.handshakes.begin();
+        let (connection, peer, failure) = tokio::select! {
+            biased;
+            shaken = timeout(limits.handshake_timeout, self.handshake(tcp, tls)) =>
+                shaken.map_err(|_| ServeError::HandshakeTimeout)??,
+            () = handshake.pushed_out() => return Err(ServeError::TooManyHandshakes {
                 limit: limits.handshakes,
-            },
-        )?;
-        let (connection, peer, failure) =
-            timeout(limits.handshake_timeout, self.handshake(tcp, tls))
-                .await
-                .map_err(|_| ServeError::HandshakeTimeout)??;
+            }),
+        };
         drop(handshake);
         let end = self.drive(connection, Arc::new(peer), drain).await;
         match failure.get() {
@@ -180,8 +181,8 @@ impl<H: Handler> Server<H> {
         tls: ServerTls,
     ) -> Result<(Connection, Peer, Failure), ServeError> {
         tcp.set_nodelay(true)?;
-        let address = tcp.peer_addr()?;
-        let local_address = tcp.local_addr()?;
+        let address = canonical(tcp.peer_addr()?);
+        let local_address = canonical(tcp.local_addr()?);
         let Handshaken {
             stream,
             certificate,
@@ -194,7 +195,7 @@ impl<H: Handler> Server<H> {
             .initial_connection_window_size(limits::CONNECTION_WINDOW)
             .max_frame_size(limits::MAX_FRAME)
             .max_send_buffer_size(limits::SEND_BUFFER)
-            .max_header_list_size(limits::MAX_HEADERS)
+            .max_header_list_size(limits::MOST_HEADERS)
             .max_pending_accept_reset_streams(limits::MAX_PENDING_RESETS)
             .data_frame_budget(limits::SMALL_FRAME_BUDGET)
             .max_concurrent_streams(self.shared.limits.streams)
@@ -270,6 +271,10 @@ impl<H: Handler> Server<H> {
     }
 }
 
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
 type Connection = h2::server::Connection<TlsStream, Bytes>;
 
 /// One `CONNECT`.
@@ -301,13 +306,18 @@ impl<H: Handler> Stream<H> {
     ) -> Result<(ConnectRequest, RecvStream), (String, Refusal)> {
         let (parts, receive) = request.into_parts();
         let text = parts.uri.authority().map_or("", |text| text.as_str());
-        let bad = |reason: &str| {
+        let refused = |status: StatusCode, reason: &str| {
             let refusal = Refusal {
-                status: StatusCode::BAD_REQUEST,
+                status,
                 reason: reason.to_owned(),
             };
             Err((text.chars().take(300).collect(), refusal))
         };
+        let bad = |reason: &str| refused(StatusCode::BAD_REQUEST, reason);
+        if headers::list_size(&parts.headers) > limits::MAX_HEADERS as usize {
+            let status = StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE;
+            return refused(status, "its headers are too long");
+        }
         if parts.method != Method::CONNECT {
             return bad("its method is not CONNECT");
         }
