@@ -27,13 +27,24 @@ pub enum ToAgent {
     },
     /// A workload exists and waits for [`FromAgent::WorkloadReady`]. One fd: its network namespace.
     WorkloadAdded(EnrolledWorkload),
-    /// The workload is being stopped; its descriptors may be dropped from the store.
+    /// The workload is to stop soon: what others carry to it should go elsewhere from now on. It still serves.
+    WorkloadDraining {
+        /// [`EnrolledWorkload::uid`].
+        uid: String,
+    },
+    /// No process of the workload is left; its descriptors may be dropped from the store. Its network namespace stays
+    /// until [`FromAgent::WorkloadGone`], for a moment.
     WorkloadRemoved {
         /// [`EnrolledWorkload::uid`].
         uid: String,
     },
     /// All that existed when the agent connected has been sent.
     SnapshotDone,
+    /// The answer to [`FromAgent::JoinTokenWanted`].
+    JoinToken {
+        /// Proves to the control plane, once and soon, that this is the node's agent.
+        token: String,
+    },
 }
 
 /// From the node agent to who starts workloads.
@@ -58,9 +69,18 @@ pub enum FromAgent {
     },
     /// Everything is known and in the kernel: this agent has taken over. Comes once, after all that was ready then.
     TakenOver,
+    /// The agent has closed all that it had in the network namespace of a workload that was removed.
+    WorkloadGone {
+        /// [`EnrolledWorkload::uid`].
+        uid: String,
+    },
+    /// The agent has no certificate of its own, and asks for what it takes to get one.
+    JoinTokenWanted,
+    /// The agent ends as soon as what it carries has ended: its successor may start.
+    Leaving,
     /// Keep the one fd sent along under this name, replacing an earlier one.
     StoreFd {
-        /// Name, unique within the node: `dns-udp/NAMESPACE/POD`.
+        /// Name, unique within the node: `dns-udp4/NAMESPACE/POD@INSTANCE`.
         name: String,
     },
     /// Forget the fd kept under this name.

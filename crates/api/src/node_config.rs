@@ -3,7 +3,7 @@
 //! It is a JSON file named by `heddle node --config PATH`. Everything that can change while the agent runs
 //! comes over its sockets instead: workloads over [`crate::enroll`], services and policies over xDS.
 
-use std::path::PathBuf;
+use std::{net::SocketAddr, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -34,7 +34,18 @@ pub struct NodeConfig {
     /// `/etc/resolv.conf`.
     #[serde(default)]
     pub dns_upstream: Vec<String>,
+    /// Where certificates come from.
+    pub authority: AuthorityConfig,
     /// Room in the kernel's maps. An agent that is started with other sizes moves what is in them over.
     #[serde(default)]
     pub maps: MapSizes,
+}
+
+/// The mesh's certificate authority, as an agent finds and recognises it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AuthorityConfig {
+    /// Where the control plane signs certificates, reachable from the node's network namespace.
+    pub address: SocketAddr,
+    /// Root certificates (PEM) to recognise it by the first time.
+    pub roots: String,
 }

@@ -30,6 +30,8 @@ use crate::{
 
 /// How long the agent may take to end by itself.
 const GRACE: Duration = Duration::from_secs(5);
+/// How long an agent may go on with what it carries when its successor works already.
+const LONGEST_LEAVE: Duration = Duration::from_secs(60);
 const FIRST_WAIT: Duration = Duration::from_millis(50);
 const LONGEST_WAIT: Duration = Duration::from_secs(10);
 const STABLE_RUN: Duration = Duration::from_secs(10);
@@ -56,6 +58,8 @@ pub(crate) struct AgentSpec {
     pub(crate) log: Log,
     /// Process id of the agent that has everything in force ([`crate::enroll::EnrollServer::taken_over`]).
     pub(crate) taken_over: watch::Receiver<Option<i32>>,
+    /// Process id of the agent that makes way for its successor ([`crate::enroll::EnrollServer::leaving`]).
+    pub(crate) leaving: watch::Receiver<Option<i32>>,
 }
 
 /// Keeps one agent running.
@@ -117,11 +121,16 @@ async fn keep(
             Ok(mut child) => {
                 pid = child.id();
                 state.send_modify(|state| state.pid = pid);
+                let mut leaving = spec.leaving.clone();
                 tokio::select! {
                     status = child.wait() => match status {
                         Ok(status) => format!("ended with {status}"),
                         Err(error) => error.to_string(),
                     },
+                    () = leaves(&mut leaving, pid) => {
+                        tokio::spawn(see_off(Arc::clone(&spec), child));
+                        "makes way for its successor".to_owned()
+                    }
                     () = told(&mut stopping) => return end(&spec, &mut child).await,
                 }
             }
@@ -153,6 +162,28 @@ async fn keep(
 /// Returns when the agent is to end; a keeper that is gone means the same.
 async fn told(stopping: &mut watch::Receiver<bool>) {
     drop(stopping.wait_for(|stop| *stop).await);
+}
+
+/// Returns when the agent with this process id has said that it leaves.
+async fn leaves(leaving: &mut watch::Receiver<Option<i32>>, pid: Option<u32>) {
+    let pid = pid.and_then(|pid| i32::try_from(pid).ok());
+    let said = leaving.wait_for(|left| left.is_some() && *left == pid);
+    if said.await.map(drop).is_err() {
+        std::future::pending::<()>().await;
+    }
+}
+
+/// Waits for the end of an agent that makes way; it may finish what it carries, but not for ever.
+async fn see_off(spec: Arc<AgentSpec>, mut child: Child) {
+    if timeout(LONGEST_LEAVE, child.wait()).await.is_err() {
+        tracing::warn!(
+            node = spec.config.node,
+            "an agent that makes way does not end within {LONGEST_LEAVE:?} and is killed"
+        );
+        if let Err(error) = child.kill().await {
+            tracing::warn!(node = spec.config.node, %error, "it cannot be killed");
+        }
+    }
 }
 
 /// Forking is blocking work.

@@ -17,14 +17,14 @@ use linux::{
     seqpacket::{Listener, Stream},
 };
 use tokio::{
-    sync::{mpsc, watch},
+    sync::{mpsc, oneshot, watch},
     task::JoinHandle,
 };
 
 use crate::error::{During, Error};
 
-/// Most descriptors that are kept for one node's agent: a handful for each of the most pods a node can have.
-pub const MAX_STORED: usize = 2048;
+/// Most descriptors that are kept for one node's agent: a few dozen for each of the most pods a node can have.
+pub const MAX_STORED: usize = 8192;
 /// Changes that an agent may be behind.
 const QUEUE: usize = 1024;
 
@@ -39,14 +39,18 @@ pub enum Enrolment {
     Refused(String),
 }
 
+/// Makes join tokens for a node's agent ([`ToAgent::JoinToken`]).
+pub type JoinTokens = Arc<dyn Fn(&str) -> String + Send + Sync>;
+
 /// The server for one node.
-#[derive(Debug)]
 pub struct EnrollServer {
     node: String,
     resolver: Netns,
+    tokens: JoinTokens,
     state: Mutex<State>,
     connected: watch::Sender<bool>,
     taken_over: watch::Sender<Option<i32>>,
+    leaving: watch::Sender<Option<i32>>,
     accepting: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -54,6 +58,8 @@ pub struct EnrollServer {
 struct State {
     stored: BTreeMap<String, Arc<OwnedFd>>,
     workloads: BTreeMap<String, Entry>,
+    /// Workloads that were removed and that the agent is asked to let go of.
+    going: BTreeMap<String, oneshot::Sender<()>>,
     agent: Option<mpsc::Sender<Outgoing>>,
 }
 
@@ -62,6 +68,8 @@ struct Entry {
     workload: EnrolledWorkload,
     netns: Netns,
     enrolment: watch::Sender<Enrolment>,
+    /// Whether it was said to be draining.
+    draining: bool,
 }
 
 #[derive(Debug)]
@@ -78,11 +86,16 @@ enum Descriptor {
 
 impl EnrollServer {
     /// Listens on `socket`. `resolver` is the namespace from which the machine's resolver is reachable.
-    /// Needs a tokio runtime.
+    /// `tokens` makes what the agent proves itself to the control plane with. Needs a tokio runtime.
     ///
     /// # Errors
     /// The socket cannot be made.
-    pub fn start(socket: &Path, node: &str, resolver: Netns) -> Result<Arc<Self>, Error> {
+    pub fn start(
+        socket: &Path,
+        node: &str,
+        resolver: Netns,
+        tokens: JoinTokens,
+    ) -> Result<Arc<Self>, Error> {
         if let Some(folder) = socket.parent() {
             std::fs::create_dir_all(folder).during(|| format!("create {}", folder.display()))?;
         }
@@ -90,9 +103,11 @@ impl EnrollServer {
         let server = Arc::new(Self {
             node: node.into(),
             resolver,
+            tokens,
             state: Mutex::new(State::default()),
             connected: watch::Sender::new(false),
             taken_over: watch::Sender::new(None),
+            leaving: watch::Sender::new(None),
             accepting: Mutex::new(None),
         });
         let accepting = tokio::spawn(accept(Arc::downgrade(&server), listener));
@@ -115,19 +130,34 @@ impl EnrollServer {
             workload,
             netns: netns.clone(),
             enrolment,
+            draining: false,
         };
         state.workloads.insert(entry.workload.uid.clone(), entry);
         state.tell(message, Some(Descriptor::Netns(netns)));
         receiver
     }
 
-    /// Takes a workload back, and drops the descriptors stored under its name.
-    pub fn remove(&self, uid: &str) {
+    /// Says that a workload is to stop soon.
+    pub fn drain(&self, uid: &str) {
+        let mut state = lock(&self.state);
+        if let Some(entry) = state.workloads.get_mut(uid) {
+            entry.draining = true;
+            state.tell(ToAgent::WorkloadDraining { uid: uid.into() }, None);
+        }
+    }
+
+    /// Takes a workload back, and drops the descriptors stored under its name. The receiver ends when the agent has let
+    /// go of the workload's namespace, or cannot say so any more.
+    pub fn remove(&self, uid: &str) -> oneshot::Receiver<()> {
+        let (gone, receiver) = oneshot::channel();
         let mut state = lock(&self.state);
         if state.workloads.remove(uid).is_some() {
             state.stored.retain(|name, _| !belongs_to(name, uid));
-            state.tell(ToAgent::WorkloadRemoved { uid: uid.into() }, None);
+            if state.tell(ToAgent::WorkloadRemoved { uid: uid.into() }, None) {
+                state.going.insert(uid.into(), gone);
+            }
         }
+        receiver
     }
 
     /// Whether an agent is connected.
@@ -140,6 +170,12 @@ impl EnrollServer {
     #[must_use]
     pub fn taken_over(&self) -> watch::Receiver<Option<i32>> {
         self.taken_over.subscribe()
+    }
+
+    /// The process id of the agent that said last that it leaves.
+    #[must_use]
+    pub fn leaving(&self) -> watch::Receiver<Option<i32>> {
+        self.leaving.subscribe()
     }
 
     /// How many descriptors are kept.
@@ -178,6 +214,10 @@ impl EnrollServer {
                     None => return Ok(()),
                 },
                 said = stream.recv::<FromAgent>() => match said? {
+                    Some((FromAgent::JoinTokenWanted, _)) => {
+                        let token = (self.tokens)(&self.node);
+                        stream.send(&ToAgent::JoinToken { token }, &[]).await?;
+                    }
                     Some((message, descriptors)) => self.hear(peer.pid, message, descriptors),
                     None => return Ok(()),
                 },
@@ -203,6 +243,13 @@ impl EnrollServer {
             message: ToAgent::WorkloadAdded(entry.workload.clone()),
             descriptor: Some(Descriptor::Netns(entry.netns.clone())),
         });
+        let draining = state.workloads.values().filter(|entry| entry.draining);
+        let draining = draining.map(|entry| Outgoing {
+            message: ToAgent::WorkloadDraining {
+                uid: entry.workload.uid.clone(),
+            },
+            descriptor: None,
+        });
         let done = Outgoing {
             message: ToAgent::SnapshotDone,
             descriptor: None,
@@ -210,16 +257,21 @@ impl EnrollServer {
         let snapshot = std::iter::once(hello)
             .chain(stored)
             .chain(workloads)
+            .chain(draining)
             .chain([done])
             .collect();
         state.agent = Some(sender);
+        // An earlier agent cannot say any more that it has let go; this one never had them.
+        state.going.clear();
         (snapshot, receiver)
     }
 
     fn hear(&self, pid: i32, message: FromAgent, mut descriptors: Vec<OwnedFd>) {
         let mut state = lock(&self.state);
         match message {
-            FromAgent::Hello { .. } => {}
+            FromAgent::Hello { .. } | FromAgent::JoinTokenWanted => {}
+            FromAgent::WorkloadGone { uid } => drop(state.going.remove(&uid)),
+            FromAgent::Leaving => drop(self.leaving.send_replace(Some(pid))),
             FromAgent::TakenOver => drop(self.taken_over.send_replace(Some(pid))),
             FromAgent::WorkloadReady { uid } => state.enrolled(&uid, Enrolment::Ready),
             FromAgent::WorkloadRefused { uid, error } => {
@@ -251,6 +303,14 @@ impl EnrollServer {
     }
 }
 
+impl std::fmt::Debug for EnrollServer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("EnrollServer")
+            .field("node", &self.node)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Drop for EnrollServer {
     fn drop(&mut self) {
         if let Some(accepting) = lock(&self.accepting).take() {
@@ -260,18 +320,23 @@ impl Drop for EnrollServer {
 }
 
 impl State {
-    fn tell(&mut self, message: ToAgent, descriptor: Option<Descriptor>) {
-        let Some(agent) = &self.agent else { return };
+    /// Returns whether there is an agent that will hear it.
+    fn tell(&mut self, message: ToAgent, descriptor: Option<Descriptor>) -> bool {
+        let Some(agent) = &self.agent else {
+            return false;
+        };
         // Full or closed: the connection ends, and the next one begins with a snapshot.
-        if agent
+        let told = agent
             .try_send(Outgoing {
                 message,
                 descriptor,
             })
-            .is_err()
-        {
+            .is_ok();
+        if !told {
             self.agent = None;
+            self.going.clear();
         }
+        told
     }
 
     fn enrolled(&mut self, uid: &str, enrolment: Enrolment) {
@@ -306,6 +371,7 @@ async fn accept(server: std::sync::Weak<EnrollServer>, listener: Listener) {
             if let Err(error) = server.serve(stream).await {
                 tracing::debug!(node = server.node, %error, "connection to the agent ended");
             }
+            lock(&server.state).going.clear();
             server.connected.send_replace(false);
         }));
     }
@@ -322,8 +388,9 @@ async fn send(stream: &Stream, outgoing: &Outgoing) -> Result<(), Error> {
     Ok(sent?)
 }
 
-/// Names end with the uid of the workload that they belong to: `dns-udp/NAMESPACE/POD`.
+/// Names end with the uid of the workload that they belong to, and maybe with its instance: `KIND/NAMESPACE/POD@INSTANCE`.
 fn belongs_to(name: &str, uid: &str) -> bool {
+    let name = name.split_once('@').map_or(name, |(name, _)| name);
     name.strip_suffix(uid)
         .is_some_and(|kind| kind.ends_with('/'))
 }
@@ -376,7 +443,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("enroll.sock");
         let netns = Netns::current().unwrap();
-        let server = EnrollServer::start(&path, "one", netns.clone()).unwrap();
+        let server = EnrollServer::start(
+            &path,
+            "one",
+            netns.clone(),
+            Arc::new(|node| format!("token of {node}")),
+        )
+        .unwrap();
         let mut first = server.add(workload("shop/a-0"), netns.clone());
         assert_eq!(*first.borrow(), Enrolment::Waiting);
 
@@ -402,10 +475,13 @@ mod tests {
             (ToAgent::WorkloadAdded(workload("shop/b-0")), 1)
         );
         let (mut reader, writer) = std::io::pipe().unwrap();
-        for name in ["dns-udp/shop/a-0", "dns-udp/shop/b-0"] {
+        for name in ["dns-udp/shop/a-0@1", "dns-udp/shop/b-0@1"] {
             let message = FromAgent::StoreFd { name: name.into() };
             agent.send(&message, &[writer.as_fd()]).await.unwrap();
         }
+        agent.send(&FromAgent::JoinTokenWanted, &[]).await.unwrap();
+        let token = "token of one".to_owned();
+        assert_eq!(next(&agent).await, (ToAgent::JoinToken { token }, 0));
         let refused = FromAgent::WorkloadRefused {
             uid: "shop/b-0".into(),
             error: "no policy".into(),
@@ -423,16 +499,20 @@ mod tests {
             .wait_for(|agent| *agent == Some(own))
             .await
             .unwrap();
+        let mut leaving = server.leaving();
+        agent.send(&FromAgent::Leaving, &[]).await.unwrap();
+        leaving.wait_for(|agent| *agent == Some(own)).await.unwrap();
         drop((agent, writer));
 
         // The next agent gets back what the first stored, and what was said stays said.
-        server.remove("shop/b-0");
+        drop(server.remove("shop/b-0"));
+        server.drain("shop/a-0");
         let agent = connect(&path).await;
         let (message, mut descriptors) = agent.recv::<ToAgent>().await.unwrap().unwrap();
         assert_eq!(
             message,
             ToAgent::StoredFd {
-                name: "dns-udp/shop/a-0".into()
+                name: "dns-udp/shop/a-0@1".into()
             }
         );
         let mut stored = std::fs::File::from(descriptors.remove(0));
@@ -442,13 +522,21 @@ mod tests {
             next(&agent).await,
             (ToAgent::WorkloadAdded(workload("shop/a-0")), 1)
         );
+        let draining = ToAgent::WorkloadDraining { uid: uid.clone() };
+        assert_eq!(next(&agent).await, (draining, 0));
         assert_eq!(next(&agent).await, (ToAgent::SnapshotDone, 0));
         assert_eq!(
             *server.add(workload("shop/a-0"), netns).borrow(),
             Enrolment::Ready
         );
-        server.remove("shop/a-0");
-        assert_eq!(next(&agent).await, (ToAgent::WorkloadRemoved { uid }, 0));
+        let mut gone = server.remove("shop/a-0");
+        let removed = ToAgent::WorkloadRemoved { uid: uid.clone() };
+        assert_eq!(next(&agent).await, (removed, 0));
+        assert_eq!(gone.try_recv(), Err(oneshot::error::TryRecvError::Empty));
+        let message = FromAgent::WorkloadGone { uid };
+        agent.send(&message, &[]).await.unwrap();
+        // The other end is dropped: there is nothing to say beside that.
+        gone.await.unwrap_err();
         assert_eq!(server.stored(), 0);
         let mut text = String::new();
         reader.read_to_string(&mut text).unwrap();

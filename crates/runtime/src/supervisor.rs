@@ -18,6 +18,7 @@ use std::{
 
 use api::{
     mesh::MeshConfig,
+    node_config::AuthorityConfig,
     pod::{PodSpec, PodStatus},
 };
 use linux::{
@@ -32,6 +33,7 @@ use tokio::{
 use self::{node::NodeRuntime, pod::PodHandle, status::Statuses};
 use crate::{
     agent::AgentState,
+    enroll::JoinTokens,
     error::{During, Error},
     exec::ExecSpec,
     fabric::Fabric,
@@ -65,8 +67,25 @@ pub struct RuntimeConfig {
     pub dns_upstream: Vec<String>,
     /// Room in the kernel's maps, on every node.
     pub maps: api::map_sizes::MapSizes,
+    /// Where agents get certificates.
+    pub authority: Authority,
     /// How long a pod that is to stop goes on serving, while the mesh learns to send it no more connections.
     pub drain: Duration,
+}
+
+/// The mesh's certificate authority, for agents.
+#[derive(Clone)]
+pub struct Authority {
+    /// How agents find it.
+    pub config: AuthorityConfig,
+    /// How they prove themselves to it.
+    pub tokens: JoinTokens,
+}
+
+impl std::fmt::Debug for Authority {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.config.fmt(f)
+    }
 }
 
 /// The running standalone runtime. Call [`Runtime::shutdown`] before dropping it.

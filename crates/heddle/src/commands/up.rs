@@ -16,6 +16,7 @@ use anyhow::{Context as _, bail};
 use api::{
     map_sizes::MapSizes,
     mesh::MeshConfig,
+    node_config::AuthorityConfig,
     pod::{PodStatus, Protocol},
 };
 use control::{CaConfig, ControlConfig, ControlPlane, OperatorCa};
@@ -25,7 +26,7 @@ use runtime::{
     layout::Layout,
     preflight,
     publish::{self, PublishedPort, listeners::PortError},
-    supervisor::{Runtime, RuntimeConfig},
+    supervisor::{Authority, Runtime, RuntimeConfig},
 };
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -111,7 +112,21 @@ async fn serve(
     let ca_addresses = mesh_config
         .control_addresses()
         .map(|address| SocketAddr::new(address, CA_PORT));
+    let control = Arc::new(control);
+    let tokens = Arc::clone(&control);
     let runtime = Runtime::start(RuntimeConfig {
+        authority: Authority {
+            config: AuthorityConfig {
+                address: ca_addresses[0],
+                roots: control.roots_pem(),
+            },
+            tokens: Arc::new(move |node| {
+                tokens
+                    .join_token(node)
+                    .map_err(|error| tracing::warn!(node, %error, "no join token"))
+                    .unwrap_or_default()
+            }),
+        },
         mesh: mesh_config,
         layout: layout.clone(),
         nodes: nodes.clone(),
@@ -122,7 +137,7 @@ async fn serve(
     })
     .await?;
     control.listen_on(runtime.fabric().netns(), &ca_addresses)?;
-    let (control, runtime) = (Arc::new(control), Arc::new(runtime));
+    let runtime = Arc::new(runtime);
     let (unpublished_sender, unpublished) = watch::channel(Vec::new());
     let stop = Arc::new(watch::Sender::new(false));
     let mut stopped = stop.subscribe();

@@ -44,12 +44,17 @@ impl NodeRuntime {
         for folder in [layout.state_dir(node), layout.pin_dir(node)] {
             fs::create_dir_all(&folder).during(|| format!("create {}", folder.display()))?;
         }
+        let enroll = EnrollServer::start(
+            &layout.enroll_socket(node),
+            node,
+            host.clone(),
+            Arc::clone(&config.authority.tokens),
+        )?;
         // Whoever looks in from a workload is of any user.
         let identity = layout.identity_dir(node);
         fs::create_dir_all(&identity)
             .and_then(|()| fs::set_permissions(&identity, fs::Permissions::from_mode(0o755)))
             .during(|| format!("create {}", identity.display()))?;
-        let enroll = EnrollServer::start(&layout.enroll_socket(node), node, host.clone())?;
         let agent = Agent::start(AgentSpec {
             executable: config.executable.clone(),
             config: NodeConfig {
@@ -64,12 +69,14 @@ impl NodeRuntime {
                 cgroup: cgroup.path().into(),
                 dns_upstream: config.dns_upstream.clone(),
                 maps: config.maps.clone(),
+                authority: config.authority.config.clone(),
             },
             config_path: layout.agent_config(node),
             netns: network.netns().clone(),
             cgroup: cgroup.child("agent")?,
             log: Log::open(layout.agent_log(node))?,
             taken_over: enroll.taken_over(),
+            leaving: enroll.leaving(),
         })?;
         Ok(Self {
             network: Arc::clone(network),

@@ -14,7 +14,7 @@ use linux::cgroup::{
     Cgroup,
     limits::{Applied, AppliedLimits, Limits},
 };
-use tokio::{sync::watch, task::spawn_blocking};
+use tokio::{sync::watch, task::spawn_blocking, time::timeout};
 
 use super::{Shared, lock, unknown};
 use crate::{
@@ -31,6 +31,8 @@ use crate::{
     publish,
 };
 
+/// How long the agent may take to close what it has in a pod's network.
+const AGENT_PATIENCE: Duration = Duration::from_secs(2);
 /// How long killed processes may take to be gone.
 const KILL_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -156,6 +158,13 @@ impl Place {
         }
     }
 
+    /// Says that the pod is to stop soon.
+    pub(super) fn drain(&self) {
+        if let Some(node) = self.shared.nodes.get(&self.node) {
+            node.enroll.drain(&self.uid);
+        }
+    }
+
     /// Kills what is left in the pod's cgroups and gives everything back.
     pub(super) async fn clear(self) {
         let Some(node) = self.shared.nodes.get(&self.node) else {
@@ -175,8 +184,15 @@ impl Place {
         if let Err(error) = removed {
             tracing::warn!(uid = self.uid, %error, "something of the pod is left");
         }
-        // Last: the agent keeps policy in force until no process is left.
-        node.enroll.remove(&self.uid);
+        // Last: the agent keeps policy in force until no process is left. What it carried to the workload must say goodbye
+        // while there is a network to say it over.
+        let gone = node.enroll.remove(&self.uid);
+        if !*self.shared.hurry.borrow() && timeout(AGENT_PATIENCE, gone).await.is_err() {
+            tracing::warn!(
+                uid = self.uid,
+                "the agent does not let go of the pod's network"
+            );
+        }
         // At shutdown all namespaces go with this process, at once; one by one takes the kernel some 40 ms each.
         if !*self.shared.hurry.borrow() {
             node.network.release(self.network).await;

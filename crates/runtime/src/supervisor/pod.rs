@@ -262,6 +262,7 @@ impl PodTask {
             }
             Happened::Change(change) => {
                 if matches!(change, Change::Leave) {
+                    place.drain();
                     self.shared
                         .statuses
                         .change(&self.uid, |status| status.phase = PodPhase::Terminating);

@@ -3,18 +3,22 @@
 use std::{
     collections::BTreeMap,
     process::{Command, Stdio},
-    sync::atomic::{AtomicU32, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
     time::Duration,
 };
 
 use api::{
     mesh::MeshConfig,
+    node_config::AuthorityConfig,
     pod::{PodSpec, PodStatus, Probe, ProbeAction, Resources, RestartPolicy},
 };
 use runtime::{
     claim::Claim,
     layout::Layout,
-    supervisor::{Runtime, RuntimeConfig},
+    supervisor::{Authority, Runtime, RuntimeConfig},
 };
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -48,6 +52,13 @@ impl Mesh {
             executable: "/proc/self/exe".into(),
             dns_upstream: Vec::new(),
             maps: api::map_sizes::MapSizes::default(),
+            authority: Authority {
+                config: AuthorityConfig {
+                    address: ([127, 0, 0, 1], 9).into(),
+                    roots: String::new(),
+                },
+                tokens: Arc::new(|node| format!("token of {node}")),
+            },
             drain: Duration::from_millis(50),
         };
         let runtime = tokio.block_on(Runtime::start(config)).unwrap();

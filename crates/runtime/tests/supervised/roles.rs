@@ -68,6 +68,11 @@ async fn agent(config: &Path) {
                 stream.send(&FromAgent::TakenOver, &[]).await.unwrap();
                 continue;
             }
+            ToAgent::WorkloadRemoved { uid } => {
+                let gone = FromAgent::WorkloadGone { uid };
+                stream.send(&gone, &[]).await.unwrap();
+                continue;
+            }
             _ => continue,
         };
         assert_eq!(descriptors.len(), 1);
