@@ -15,6 +15,9 @@ pub struct FlowRecord {
     pub time_ms: u64,
     /// The node that recorded it.
     pub node: String,
+    /// Whose side recorded it. A connection between two nodes has a record on each.
+    #[serde(default)]
+    pub reporter: FlowReporter,
     /// What happened.
     pub event: FlowEventKind,
     /// TCP's state: `established`, `close-wait`, … while it is open, `closed` after that; empty if there was no
@@ -52,6 +55,17 @@ pub struct FlowRecord {
     pub duration_us: u64,
     /// Identifies the connection on its node, so that its opening and closing can be joined.
     pub connection: u64,
+}
+
+/// A side of a connection, as Istio's metrics name it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FlowReporter {
+    /// The client's.
+    #[default]
+    Source,
+    /// The server's.
+    Destination,
 }
 
 /// What a flow record tells.
@@ -123,10 +137,34 @@ pub struct NodeStatus {
     /// Established connections that were ended because they are no longer allowed.
     #[serde(default)]
     pub ended: Vec<EndedCount>,
+    /// Certificates of the agent and of the node's workloads.
+    #[serde(default)]
+    pub certificates: Vec<Certificate>,
     /// What could not be put into effect, newest last.
     pub problems: Vec<String>,
     /// Flow records that were lost before they could be read.
     pub flows_lost: u64,
+}
+
+/// The certificate of one identity on one node, as `heddle certs` shows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Certificate {
+    /// SPIFFE id.
+    pub identity: String,
+    /// `valid`; `stale` if its renewal fails; `pending` while there is none; `refused` if the authority says no.
+    pub state: String,
+    /// Serial number in hexadecimal; empty while there is no certificate.
+    pub serial: String,
+    /// Seconds since 1970.
+    pub not_before: Option<u64>,
+    /// Seconds since 1970.
+    pub not_after: Option<u64>,
+    /// How often it was signed since the agent started.
+    pub issued: u64,
+    /// Why the last try to get or renew it failed.
+    pub last_error: Option<String>,
+    /// The workloads that have the identity.
+    pub users: Vec<String>,
 }
 
 /// One attached kernel program.

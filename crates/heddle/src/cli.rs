@@ -52,6 +52,8 @@ pub(crate) enum Command {
     Logs(LogsArgs),
     /// Show workloads, nodes, objects and what is not as it should be.
     Status(Common),
+    /// Show the certificates of all identities: serial, expiry, who has them. Rotate the mesh's root.
+    Certs(CertsArgs),
     /// Show connections, past and open: both identities, verdict, bytes, round-trip time.
     Flows(FlowsArgs),
     /// Say which path a connection would take, and which object decides it.
@@ -119,6 +121,23 @@ pub(crate) struct CaArgs {
     /// Lifetime of certificates, such as `90m`; they are renewed at half of it.
     #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = parse_span)]
     pub(crate) cert_lifetime: std::time::Duration,
+}
+
+/// Arguments of `heddle certs`.
+#[derive(Debug, Args)]
+pub(crate) struct CertsArgs {
+    /// What to do; without it, certificates are shown.
+    #[command(subcommand)]
+    pub(crate) command: Option<CertsCommand>,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+/// Subcommands of `heddle certs`.
+#[derive(Debug, Clone, Copy, Subcommand)]
+pub(crate) enum CertsCommand {
+    /// Begin to replace the root: both are trusted until the last certificate of the old one has expired.
+    RotateRoot,
 }
 
 /// Arguments of `heddle exec`.

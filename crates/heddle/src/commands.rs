@@ -1,5 +1,6 @@
 //! One module per subcommand. Each gets its arguments and returns the process's exit code.
 
+mod certs;
 mod check;
 mod down;
 mod exec;
@@ -33,6 +34,7 @@ pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Down(common) => one_thread()?.block_on(down::run(common)),
         Command::Logs(args) => one_thread()?.block_on(logs::run(args)),
         Command::Status(common) => one_thread()?.block_on(status::run(common)),
+        Command::Certs(args) => one_thread()?.block_on(certs::run(args)),
         Command::Flows(args) => one_thread()?.block_on(flows::run(args)),
         Command::Explain(args) => one_thread()?.block_on(explain::run(args)),
     }

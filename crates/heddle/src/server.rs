@@ -6,6 +6,7 @@
 //! - `GET /v1/exec?workload=WORKLOAD` → `ExecSpec` without its command
 //! - `GET /v1/logs?workload=WORKLOAD&follow=true` → bytes
 //! - `GET /v1/metrics?node=NODE` → Prometheus text of one node
+//! - `POST /v1/certs/rotate-root` → begins to replace the root
 //! - `POST /v1/down` → stops the mesh
 
 mod flows;
@@ -62,6 +63,7 @@ pub(crate) fn start(mesh: Mesh) -> anyhow::Result<()> {
         .route("/v1/exec", get(exec))
         .route("/v1/logs", get(logs))
         .route("/v1/metrics", get(metrics))
+        .route("/v1/certs/rotate-root", post(rotate_root))
         .route("/v1/down", post(down))
         .with_state(mesh);
     tokio::spawn(async move {
@@ -193,6 +195,12 @@ async fn metrics(
         .context("the agent's answer broke off")?
         .to_bytes();
     Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response())
+}
+
+async fn rotate_root(State(mesh): State<Mesh>) -> Result<&'static str, Refusal> {
+    let rotated = mesh.control.ca().authority().rotate_root();
+    rotated.map_err(|error| Refusal(StatusCode::CONFLICT, error.to_string()))?;
+    Ok("announced")
 }
 
 async fn down(State(mesh): State<Mesh>) -> &'static str {

@@ -7,7 +7,7 @@
 use std::{
     collections::{HashMap, HashSet},
     fs,
-    os::fd::OwnedFd,
+    os::fd::{AsFd as _, OwnedFd},
     os::unix::fs::MetadataExt,
     sync::Arc,
     time::{Duration, Instant},
@@ -38,8 +38,10 @@ use crate::{
     flows::{self, FlowLog, Scribe},
     health::Health,
     http,
+    identities::Identities,
     ids::Ids,
     local_dns::LocalDns,
+    micro_proxy::{MicroProxy, Who},
     names::NameBook,
     state::{Changes, MeshState},
 };
@@ -52,6 +54,8 @@ const ENROLL_QUEUE: usize = 64;
 const COMMAND_QUEUE: usize = 32;
 /// How soon what could not be put into effect is tried again.
 const RETRY: Duration = Duration::from_secs(2);
+/// How long connections may take to end that an agent carries which makes way for its successor.
+const LEAVE_PATIENCE: Duration = Duration::from_secs(50);
 /// How long the starter's greeting may take.
 const GREETING: Duration = Duration::from_secs(10);
 
@@ -114,7 +118,20 @@ pub async fn run(config: NodeConfig) -> Result<(), NodeError> {
         types: vec![ADDRESS_TYPE.into(), AUTHORIZATION_TYPE.into()],
     });
     let (command_sender, commands) = mpsc::channel(COMMAND_QUEUE);
-    let scribe = Scribe::new(Arc::clone(&log), names, metrics.clone(), node);
+    let scribe = Scribe::new(
+        Arc::clone(&log),
+        Arc::clone(&names),
+        metrics.clone(),
+        node.clone(),
+    );
+    let starter = Arc::new(starter);
+    let identities = Identities::start(&config, &starter, &registry)?;
+    let micro_proxy = MicroProxy::start(
+        dataplane.kernel.view(),
+        names,
+        Arc::clone(&scribe),
+        &registry,
+    )?;
     let connections = Connections::new(dataplane.kernel.view(), Arc::clone(&scribe));
     tokio::spawn(Arc::clone(&connections).run_sweeps());
     let mut server = tokio::spawn(http::serve(
@@ -127,13 +144,15 @@ pub async fn run(config: NodeConfig) -> Result<(), NodeError> {
     let (settled, names_known) = watch::channel(false);
     let mut flow_reader = tokio::spawn(flows::read(reader, scribe, names_known));
 
-    let agent = Agent {
+    let mut agent = Agent {
         connection: client.state(),
         config,
         dataplane,
         connections,
         dns,
-        starter: Arc::new(starter),
+        micro_proxy,
+        identities,
+        starter,
         metrics,
         state: MeshState::default(),
         pending: Changes::default(),
@@ -147,12 +166,19 @@ pub async fn run(config: NodeConfig) -> Result<(), NodeError> {
     };
     let mut terminate =
         signal(SignalKind::terminate()).map_err(NodeError::io("listen for SIGTERM"))?;
-    tokio::select! {
+    let outcome = tokio::select! {
         outcome = agent.work(updates, commands) => outcome,
         outcome = &mut server => outcome.unwrap_or_else(|error| Err(NodeError::Protocol(error.to_string()))),
         outcome = &mut flow_reader => outcome.unwrap_or_else(|error| Err(NodeError::Protocol(error.to_string()))),
         _ = terminate.recv() => Ok(()),
+    };
+    // From here on the kernel's tables and records are the successor's.
+    server.abort();
+    flow_reader.abort();
+    if outcome.is_ok() {
+        agent.leave().await;
     }
+    outcome
 }
 
 /// Connects to who starts workloads. Returns the namespace from which the machine's resolver is reachable.
@@ -193,6 +219,8 @@ struct Agent {
     dataplane: DataPlane,
     connections: Arc<Connections>,
     dns: LocalDns,
+    micro_proxy: MicroProxy,
+    identities: Identities,
     starter: Arc<Stream>,
     metrics: TcpMetrics,
     state: MeshState,
@@ -214,7 +242,7 @@ struct Agent {
 
 impl Agent {
     async fn work(
-        mut self,
+        &mut self,
         mut updates: mpsc::Receiver<Update>,
         mut commands: mpsc::Receiver<Command>,
     ) -> Result<(), NodeError> {
@@ -237,13 +265,36 @@ impl Agent {
         }
     }
 
+    /// Makes way: tells the starter, who starts a successor, and ends with the last connection that this agent carries.
+    async fn leave(self) {
+        self.identities.leave();
+        // Without a starter there is no successor either.
+        if self.starter.send(&FromAgent::Leaving, &[]).await.is_err() {
+            return;
+        }
+        let left = tokio::time::timeout(LEAVE_PATIENCE, self.micro_proxy.leave());
+        if left.await.is_err() {
+            tracing::warn!(
+                "connections to other nodes are cut: they did not end within {LEAVE_PATIENCE:?}"
+            );
+        }
+    }
+
     async fn enrolment(
         &mut self,
         message: ToAgent,
         mut fds: Vec<OwnedFd>,
     ) -> Result<(), NodeError> {
         match (message, fds.pop()) {
-            (ToAgent::StoredFd { name }, Some(fd)) => self.dns.restore(name, fd),
+            (ToAgent::StoredFd { name }, Some(fd)) => {
+                let fd = self.identities.restore(&name, fd);
+                let fd = fd.and_then(|fd| self.micro_proxy.restore(&name, fd));
+                if let Some(fd) = fd {
+                    self.dns.restore(name, fd);
+                }
+            }
+            (ToAgent::JoinToken { token }, _) => self.identities.token(token),
+            (ToAgent::WorkloadDraining { uid }, _) => self.micro_proxy.drain(&uid),
             (ToAgent::WorkloadAdded(workload), Some(fd)) => {
                 self.try_to_enroll(workload, Netns::from_fd(fd)).await?;
             }
@@ -257,6 +308,7 @@ impl Agent {
                 self.dataplane.retire(&uid)?;
                 self.connections.forget(&uid);
                 self.dns.stop(&uid, &self.starter).await?;
+                self.let_go(&uid).await?;
                 if let Some(gone) = enrolled {
                     let is_last = !self.dataplane.locals().any(|local| {
                         local.enrolled.workload == gone.workload
@@ -271,6 +323,7 @@ impl Agent {
             }
             (ToAgent::SnapshotDone, _) => {
                 self.snapshot_done = true;
+                self.identities.serve(&self.starter).await?;
                 self.settle().await?;
             }
             (other, _) => {
@@ -279,6 +332,21 @@ impl Agent {
                 )));
             }
         }
+        Ok(())
+    }
+
+    /// Closes what the agent has in the namespace of a workload that is gone, and tells the starter when it is done.
+    async fn let_go(&mut self, uid: &str) -> Result<(), NodeError> {
+        let goodbye = self.micro_proxy.stop(uid, &self.starter).await?;
+        let (starter, uid) = (Arc::clone(&self.starter), uid.to_owned());
+        self.identities.release(&uid);
+        tokio::spawn(async move {
+            if let Some(goodbye) = goodbye {
+                goodbye.said().await;
+            }
+            // A starter that is gone waits for nothing.
+            drop(starter.send(&FromAgent::WorkloadGone { uid }, &[]).await);
+        });
         Ok(())
     }
 
@@ -338,7 +406,34 @@ impl Agent {
                 "list the sockets of {}",
                 workload.uid
             )))?;
-        self.dataplane.enroll(workload, cookie)
+        self.dataplane.enroll(workload.clone(), cookie)?;
+        let Some(local) = self.dataplane.local(&workload.uid) else {
+            return Ok(());
+        };
+        let (id, names) = (local.id, self.dataplane.names_of(local));
+        let identity = names
+            .identity
+            .parse()
+            .map_err(|error| NodeError::Protocol(format!("{}: {error}", workload.uid)))?;
+        self.identities.want(&workload, &identity)?;
+        let who = Who {
+            id,
+            names,
+            identity,
+        };
+        self.micro_proxy
+            .serve(
+                &workload,
+                who,
+                &netns,
+                &self.identities.keeper,
+                &self.starter,
+            )
+            .await?;
+        if let Some(listener) = self.micro_proxy.steered_to(&workload.uid) {
+            self.dataplane.kernel.steer(id, netns.as_fd(), listener)?;
+        }
+        Ok(())
     }
 
     /// Marks a workload for compilation because it came to this node or left it.
@@ -377,9 +472,11 @@ impl Agent {
         let changes = std::mem::take(&mut self.pending);
         self.dataplane.apply(&self.state, &changes);
         self.dns.update(&self.state, &changes);
+        self.protect(&changes)?;
         let takes_over = !*self.settled.borrow();
         if takes_over {
             self.dataplane.reconcile()?;
+            self.micro_proxy.forget_unclaimed(&self.starter).await?;
             self.dns.forget_unclaimed(&self.starter).await?;
             self.dns.open()?;
             self.dataplane.kernel.attach()?;
@@ -410,6 +507,35 @@ impl Agent {
         }
         if takes_over {
             self.starter.send(&FromAgent::TakenOver, &[]).await?;
+        }
+        Ok(())
+    }
+
+    /// Tells the micro proxy which policies protect this node's workloads.
+    fn protect(&mut self, changes: &Changes) -> Result<(), NodeError> {
+        let locals: Vec<String> = self
+            .dataplane
+            .locals()
+            .map(|local| local.enrolled.uid.clone())
+            .collect();
+        for uid in locals {
+            let Some(workload) = self.state.pod(&uid) else {
+                continue;
+            };
+            let touched = changes.policies
+                || self
+                    .state
+                    .resource_of(&uid)
+                    .is_some_and(|name| changes.workloads.contains(name));
+            // Half of the policies would let in what the other half forbids: those that are in force stay so.
+            if !touched || !self.state.has_policies_of(workload) {
+                continue;
+            }
+            let policies = self.state.policies_of(workload);
+            let policies = policies
+                .into_iter()
+                .map(|(name, policy)| (name.clone(), Arc::clone(policy)));
+            self.micro_proxy.set_policies(&uid, policies.collect())?;
         }
         Ok(())
     }
@@ -446,6 +572,7 @@ impl Agent {
                 .map(|error| format!("control plane: {error}")),
         );
         problems.extend(self.connections.problem());
+        problems.extend(self.identities.problems());
         let mut enrolled: Vec<String> = self
             .dataplane
             .locals()
@@ -481,6 +608,7 @@ impl Agent {
                 })
                 .collect(),
             ended: self.connections.ended_counts(),
+            certificates: self.identities.certificates(),
             problems,
         }
     }

@@ -48,6 +48,8 @@ const ALIVE: [State; 7] = [
 ];
 const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
 const IPPROTO_TCP: u8 = 6;
+/// The path of connections to other nodes.
+const TUNNEL: &str = "tunnel";
 /// What is told as the state of datagrams between two sockets, until they seem to be over.
 const ACTIVE: &str = "active";
 
@@ -131,10 +133,13 @@ impl Connections {
                 tracing::warn!(%uid, more, "a workload has more open connections than are told");
             }
             for connection in &told {
-                let record = self.scribe.open(
+                let mut record = self.scribe.open(
                     connection.event(self.scribe.now_ns()),
                     connection.socket.state.name(),
                 );
+                if connection.is_tunnelled() {
+                    record.path = TUNNEL.into();
+                }
                 if records.blocking_send(record).is_err() {
                     return;
                 }
@@ -258,9 +263,15 @@ impl Connection {
 
     /// The side that its flow record comes from: the client's, or the server's if the client is a stranger.
     fn is_reporter(&self) -> bool {
-        self.is_under_policy()
-            && self.state.is_established()
-            && (self.state.is_client() || self.state.grant.source_workload == 0)
+        let reports = self.is_tunnelled()
+            || self.is_under_policy()
+                && (self.state.is_client() || self.state.grant.source_workload == 0);
+        reports && self.state.is_established()
+    }
+
+    /// A client's connection to another node: the program's own leg of it, which ends at the agent.
+    fn is_tunnelled(&self) -> bool {
+        self.state.is_captured() && self.state.is_client()
     }
 
     /// Client and server.
@@ -269,7 +280,11 @@ impl Connection {
             self.socket.local_canonical(),
             self.socket.remote_canonical(),
         );
-        if self.state.is_client() {
+        if self.is_tunnelled() {
+            let grant = &self.state.grant;
+            let target = SocketAddr::new(grant.target.into(), grant.target_port);
+            (ends.0, target)
+        } else if self.state.is_client() {
             ends
         } else {
             (ends.1, ends.0)

@@ -193,8 +193,13 @@ impl DataPlane {
             now.is_some_and(|workload| self.locals.contains_key(&workload.pod()))
                 || self.addresses.is_local(name)
         });
-        if changes.policies || local_changed {
-            self.rules.apply(
+        let mut remote_changed = false;
+        for name in &changes.workloads {
+            remote_changed |= self.rules.take_remote(state, &self.locals, name);
+        }
+        let mut resettled = Vec::new();
+        if changes.policies || local_changed || remote_changed {
+            resettled = self.rules.apply(
                 tables,
                 &mut self.ids,
                 state,
@@ -206,7 +211,8 @@ impl DataPlane {
             let failure = (!failures.is_empty()).then(|| failures.join("; "));
             outcomes.push((Part::Policies, failure));
         }
-        for name in &changes.workloads {
+        resettled.retain(|name| !changes.workloads.contains(name));
+        for name in changes.workloads.iter().chain(&resettled) {
             let outcome = self.addresses.apply(
                 tables,
                 &mut self.ids,
@@ -216,6 +222,7 @@ impl DataPlane {
                 name,
                 &self.names,
                 &self.mesh,
+                self.rules.remote_sets(name),
             );
             let failure = outcome.err().map(|error| error.to_string());
             outcomes.push((Part::Workload(name.clone()), failure));
@@ -297,6 +304,11 @@ impl DataPlane {
             .map(|local| local.enrolled.host_ifindex)
             .collect();
         tables.devices.retain(|index| devices.contains(index))?;
+        let steered = self.kernel.steered()?;
+        for gone in steered.iter().filter(|id| !locals.contains_key(id)) {
+            self.kernel.unsteer(*gone)?;
+        }
+        let tables = &mut self.kernel.tables;
         self.addresses.reconcile(tables)?;
         self.services.reconcile(tables)?;
         self.rules.reconcile(tables)?;
@@ -333,7 +345,7 @@ impl DataPlane {
             .is_some_and(|local| self.kernel.tables.workloads.get(&local.id).is_some())
     }
 
-    fn names_of(&self, local: &Local) -> WorkloadNames {
+    pub(crate) fn names_of(&self, local: &Local) -> WorkloadNames {
         let enrolled = &local.enrolled;
         WorkloadNames {
             namespace: enrolled.namespace.clone(),
@@ -355,9 +367,10 @@ impl DataPlane {
             padding: 0,
         };
         tables.devices.set(enrolled.host_ifindex, device)?;
-        tables
-            .capture
-            .set(dns_capture(local.id), u32::from(DNS_PORT))?;
+        for (kind, port) in CAPTURES {
+            let key = capture(local.id, kind);
+            tables.capture.set(key, u32::from(port))?;
+        }
         self.kernel.attach_device(enrolled.host_ifindex)?;
         for (cgroup, class) in [
             (local.app_cgroup, SocketClass::App),
@@ -373,6 +386,7 @@ impl DataPlane {
     }
 
     fn clear_local(&mut self, local: &Local) -> Result<(), NodeError> {
+        self.kernel.unsteer(local.id)?;
         let Tables {
             cgroups,
             workloads,
@@ -391,7 +405,9 @@ impl DataPlane {
             }
         }
         workloads.remove(&local.id)?;
-        capture.remove(&dns_capture(local.id))?;
+        for (kind, _) in CAPTURES {
+            capture.remove(&self::capture(local.id, kind))?;
+        }
         let device = local.enrolled.host_ifindex;
         if !self
             .locals
@@ -415,10 +431,16 @@ fn may_take_datagrams(state: &MeshState, service: &str) -> bool {
     })
 }
 
-fn dns_capture(workload: u32) -> CaptureKey {
+/// What goes to the agent, and at which of its ports in the workload's namespace.
+const CAPTURES: [(CaptureKind, u16); 2] = [
+    (CaptureKind::Dns, DNS_PORT),
+    (CaptureKind::Agent, kernel::ports::OUTBOUND),
+];
+
+fn capture(workload: u32, kind: CaptureKind) -> CaptureKey {
     CaptureKey {
         workload,
-        kind: CaptureKind::Dns as u32,
+        kind: kind as u32,
     }
 }
 

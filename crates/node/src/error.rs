@@ -28,6 +28,9 @@ pub enum NodeError {
     /// DNS cannot be served.
     #[error(transparent)]
     Dns(#[from] crate::dns::DnsError),
+    /// Certificates cannot be kept.
+    #[error(transparent)]
+    Identity(#[from] identity::keeper::KeeperError),
     /// A metric could not be registered.
     #[error(transparent)]
     Telemetry(#[from] telemetry::TelemetryError),

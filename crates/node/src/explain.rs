@@ -1,6 +1,6 @@
 //! `heddle explain`: what the kernel would do with a connection, from the same tables that it reads.
 
-use std::net::IpAddr;
+use std::{net::IpAddr, sync::Arc};
 
 use api::{
     node_config::NodeConfig,
@@ -11,6 +11,7 @@ use kernel::{Action, Reason, SocketClass, VerdictEntry, VerdictKey, WorkloadEntr
 
 use crate::{
     dataplane::{DataPlane, SharedEndpoint, endpoints},
+    policy::{self, Client, Identity, Server},
     state::{MeshState, Workload},
 };
 
@@ -104,7 +105,16 @@ pub(crate) fn explain(
         .iter()
         .any(|endpoint| endpoint.verdict == Verdict::Allowed);
     if allowed {
-        answer.path = "direct".into();
+        let nodes = answer.endpoints.iter();
+        let mut nodes = nodes
+            .filter(|endpoint| endpoint.verdict == Verdict::Allowed)
+            .map(|endpoint| endpoint.node == config.node);
+        answer.path = match (nodes.clone().any(|here| here), nodes.any(|here| !here)) {
+            (true, true) => "direct or tunnel",
+            (false, true) => "tunnel",
+            _ => "direct",
+        }
+        .into();
         answer.verdict = Verdict::Allowed;
     }
     answer.reason = outcome.name().into();
@@ -194,7 +204,8 @@ fn judge_all(
         let Some(workload) = state.pod(&candidate.pod) else {
             continue;
         };
-        let (allowed, reason, policy) = verdict(dataplane, protocol, source, workload, &candidate);
+        let (allowed, reason, policy) =
+            verdict(state, dataplane, protocol, source, workload, &candidate);
         if allowed || !any_allowed {
             summary = reason;
         }
@@ -225,6 +236,7 @@ fn judge_all(
 
 /// Reads the verdict from the kernel's own table.
 fn verdict(
+    state: &MeshState,
     dataplane: &DataPlane,
     protocol: Protocol,
     source: &Workload,
@@ -237,7 +249,7 @@ fn verdict(
         dataplane.local(&destination.pod()),
     ) else {
         return match protocol {
-            Protocol::Tcp => (false, Reason::NoTunnel, None),
+            Protocol::Tcp => judge_remote(state, source, destination, endpoint),
             Protocol::Udp => (false, Reason::UdpNotCarried, None),
         };
     };
@@ -275,6 +287,36 @@ fn verdict(
         reason,
         dataplane.names.policy(policy),
     )
+}
+
+/// What the server's node will say.
+fn judge_remote(
+    state: &MeshState,
+    source: &Workload,
+    destination: &Workload,
+    endpoint: &SharedEndpoint,
+) -> (bool, Reason, Option<String>) {
+    let policies: Vec<_> = state
+        .policies_of(destination)
+        .into_iter()
+        .map(|(name, policy)| (name.clone(), Arc::clone(policy)))
+        .collect();
+    let family = endpoint.address.is_ipv6();
+    let mut addresses = source.addresses.iter().copied();
+    let client = Client {
+        identity: Some(Identity {
+            trust_domain: source.trust_domain().to_owned(),
+            namespace: source.message.namespace.clone(),
+            service_account: source.service_account().to_owned(),
+        }),
+        address: addresses.find(|address| address.is_ipv6() == family),
+    };
+    let server = Server {
+        address: Some(endpoint.address),
+        port: Some(endpoint.port),
+    };
+    let judgement = policy::judge(&policies, &client, server);
+    (judgement.allowed, judgement.reason, judgement.policy)
 }
 
 /// Whether both ask for spliced connections, as the kernel has it. Within one workload nothing is spliced.

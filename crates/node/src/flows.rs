@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use api::report::{FlowEnd, FlowEventKind, FlowRecord, Verdict};
+use api::report::{FlowEnd, FlowEventKind, FlowRecord, FlowReporter, Verdict};
 use kernel::{Datagrams, FlowEvent, FlowKind, FlowReader, Reason};
 use linux::readable::Readable;
 use telemetry::tcp::{DeniedLabels, Reporter, SecurityPolicy, TcpLabels, TcpMetrics};
@@ -181,6 +181,17 @@ impl Scribe {
         }
     }
 
+    /// Counts and keeps what happened to a connection that the agent carries. Node, time and number are filled in.
+    pub(crate) fn carried(&self, mut record: FlowRecord) {
+        record.node.clone_from(&self.node);
+        record.time_ms = self.clock.wall_ms(monotonic_ns());
+        if record.event == FlowEventKind::Ended {
+            self.metrics.ended(&denied_labels(&record));
+        }
+        self.count(&record);
+        self.log.push(record);
+    }
+
     fn tell(&self, record: &mut FlowRecord, cause: Cause) {
         record.event = FlowEventKind::Ended;
         record.verdict = Verdict::Denied;
@@ -218,6 +229,12 @@ impl Scribe {
             sequence: 0,
             time_ms: self.clock.wall_ms(event.time_ns),
             node: self.node.clone(),
+            // The kernel decides where a connection begins, and writes its record there; only a stranger's is the server's.
+            reporter: if kind == FlowKind::RefusedIngress || event.source_workload == 0 {
+                FlowReporter::Destination
+            } else {
+                FlowReporter::Source
+            },
             event: match kind {
                 FlowKind::Opened => FlowEventKind::Opened,
                 FlowKind::Closed if event.established() => FlowEventKind::Closed,
@@ -298,7 +315,7 @@ fn labels(record: &FlowRecord) -> TcpLabels {
         .and_then(|name| name.split_once('/'));
     let (service_namespace, service_name) = service.unwrap_or_default();
     TcpLabels {
-        reporter: Reporter::Source,
+        reporter: reporter(record),
         source_workload: or_unknown(&record.source.workload),
         source_workload_namespace: or_unknown(&record.source.namespace),
         source_principal: or_unknown(&record.source.identity),
@@ -319,13 +336,20 @@ fn labels(record: &FlowRecord) -> TcpLabels {
 
 fn denied_labels(record: &FlowRecord) -> DeniedLabels {
     DeniedLabels {
-        reporter: Reporter::Source,
+        reporter: reporter(record),
         reason: record.reason.clone(),
         policy: record.policy.clone().unwrap_or_default(),
         source_workload: or_unknown(&record.source.workload),
         source_workload_namespace: or_unknown(&record.source.namespace),
         destination_workload: or_unknown(&record.destination.workload),
         destination_workload_namespace: or_unknown(&record.destination.namespace),
+    }
+}
+
+fn reporter(record: &FlowRecord) -> Reporter {
+    match record.reporter {
+        FlowReporter::Source => Reporter::Source,
+        FlowReporter::Destination => Reporter::Destination,
     }
 }
 

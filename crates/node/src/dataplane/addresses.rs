@@ -60,6 +60,7 @@ impl Addresses {
         name: &str,
         names: &NameBook,
         mesh: &MeshConfig,
+        policy_sets: [u32; 2],
     ) -> Result<(), ApplyError> {
         let previous = self.written.remove(name);
         let wanted = match state.workloads.get(name) {
@@ -76,7 +77,7 @@ impl Addresses {
             let entry = wanted.as_ref().map(|wanted| AddressEntry {
                 workload: wanted.id,
                 flags: if wanted.local { AddressEntry::LOCAL } else { 0 },
-                policy_set: 0,
+                policy_set: policy_sets[usize::from(address.is_ipv6())],
             });
             let outcome = entry.map(|entry| tables.addresses.set((*address).into(), entry));
             failure = failure.or(outcome.and_then(Result::err));

@@ -3,6 +3,9 @@
 //! A policy set's number stands for its content. A changed policy makes new sets with new verdicts, which are
 //! complete before any workload is switched to them, with one write per workload. Only pairs with a new
 //! identity or a new set are judged, and only what belongs to no pair any more is removed.
+//!
+//! Workloads of other nodes have sets too, as far as there is room: a connection that their policies forbid is refused
+//! where it begins, with the policy's name. What is not refused here is decided by the server's node.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -13,7 +16,7 @@ use std::{
 
 use ipnet::IpNet;
 use kernel::{
-    Action, KernelError, SOURCE_ANONYMOUS, SocketClass, Tables, VerdictEntry, VerdictKey,
+    Action, KernelError, Reason, SOURCE_ANONYMOUS, SocketClass, Tables, VerdictEntry, VerdictKey,
     WorkloadEntry,
 };
 use sha2::{Digest, Sha256};
@@ -32,12 +35,28 @@ use crate::{
 pub(crate) struct Rules {
     sets: Sets,
     sources: Sources,
+    /// Workloads of other nodes, by resource name.
+    remote: HashMap<String, Remote>,
+    /// Their sets, by what decides over them, where that is the same for every address.
+    shared: HashMap<PoliciesKey, u32>,
     /// Pairs of source and set that did not find room for all their verdicts.
     incomplete: HashSet<(u32, u32)>,
 }
 
 type Sets = BTreeMap<u32, Arc<PolicySet>>;
 type Sources = BTreeMap<u32, Client>;
+
+/// Namespace and listed policies of a workload.
+type PoliciesKey = (String, Vec<String>);
+
+/// A workload of another node: what decides over its sets, and those that were found room for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Remote {
+    namespace: String,
+    policies: Vec<String>,
+    addresses: Vec<IpAddr>,
+    sets: [u32; 2],
+}
 
 #[derive(Debug)]
 struct PolicySet {
@@ -49,7 +68,47 @@ struct PolicySet {
 }
 
 impl Rules {
-    /// Compiles rules for all local workloads that the control plane knows.
+    /// The policy sets of another node's workload, by address family; 0 where its policies are not known here.
+    pub(super) fn remote_sets(&self, name: &str) -> [u32; 2] {
+        self.remote.get(name).map_or([0; 2], |remote| remote.sets)
+    }
+
+    /// Takes in what became of one resource, if it is or was a workload of another node. Returns whether rules must be
+    /// compiled for it: they need not if others have the same policies, as other replicas do.
+    pub(super) fn take_remote(
+        &mut self,
+        state: &MeshState,
+        locals: &HashMap<String, Local>,
+        name: &str,
+    ) -> bool {
+        let now = state.workloads.get(name);
+        let Some(workload) = now.filter(|workload| !locals.contains_key(&workload.pod())) else {
+            // Its sets may be others' too; the next compilation finds out.
+            self.remote.remove(name);
+            return false;
+        };
+        if self
+            .remote
+            .get(name)
+            .is_some_and(|known| known.is_of(workload))
+        {
+            return false;
+        }
+        let mut remote = Remote::of(workload);
+        let Some(shared) = self.shared.get(&remote.policies_key()) else {
+            return true;
+        };
+        for family in [0, 1] {
+            if remote.address(family).is_some() {
+                remote.sets[family] = *shared;
+            }
+        }
+        self.remote.insert(name.to_owned(), remote);
+        false
+    }
+
+    /// Compiles rules for all local workloads that the control plane knows, and for as many others as there is room.
+    /// Returns those of other nodes whose sets are other ones now.
     pub(super) fn apply(
         &mut self,
         tables: &mut Tables,
@@ -58,7 +117,7 @@ impl Rules {
         locals: &HashMap<String, Local>,
         names: &NameBook,
         failures: &mut Vec<ApplyError>,
-    ) {
+    ) -> Vec<String> {
         let mut compiler = Compiler::new(state, ids, self);
         let mut entries = Vec::new();
         for local in locals.values() {
@@ -73,12 +132,15 @@ impl Rules {
                 _ => compiler.carry_over(tables, local),
             }
         }
+        // Half the room at most: this node's own workloads come first.
+        let (remote, shared) =
+            compiler.remote(locals, tables.verdicts.capacity() as usize / 2, failures);
         let Compiler { sources, sets, .. } = compiler;
         let missing = self.missing(&sources, &sets);
         let numbers = policy_numbers(ids, names, &sets, &missing, failures);
         if let Err(error) = ids.save() {
             failures.push(ApplyError::at("numbers of this node")(error));
-            return;
+            return Vec::new();
         }
 
         self.incomplete.clear();
@@ -103,6 +165,14 @@ impl Rules {
         ids.forget_unused("set", &sets.keys().copied().collect());
         self.sources = sources;
         self.sets = sets;
+        self.shared = shared;
+        let before = std::mem::replace(&mut self.remote, remote);
+        let sets_before = |name: &String| before.get(name).map(|remote| remote.sets);
+        let changed = self
+            .remote
+            .iter()
+            .filter(|(name, remote)| sets_before(name) != Some(remote.sets));
+        changed.map(|(name, _)| name.clone()).collect()
     }
 
     pub(super) fn reconcile(&mut self, tables: &mut Tables) -> Result<(), KernelError> {
@@ -155,6 +225,32 @@ impl Rules {
             }
         }
         stale
+    }
+}
+
+impl Remote {
+    fn of(workload: &Workload) -> Self {
+        Self {
+            namespace: workload.message.namespace.clone(),
+            policies: workload.message.authorization_policies.clone(),
+            addresses: workload.addresses.clone(),
+            sets: [0; 2],
+        }
+    }
+
+    fn policies_key(&self) -> PoliciesKey {
+        (self.namespace.clone(), self.policies.clone())
+    }
+
+    fn is_of(&self, workload: &Workload) -> bool {
+        self.namespace == workload.message.namespace
+            && self.policies == workload.message.authorization_policies
+            && self.addresses == workload.addresses
+    }
+
+    fn address(&self, family: usize) -> Option<IpAddr> {
+        let mut addresses = self.addresses.iter().copied();
+        addresses.find(|address| usize::from(address.is_ipv6()) == family)
     }
 }
 
@@ -216,13 +312,8 @@ impl<'a> Compiler<'a> {
             namespace: workload.message.namespace.clone(),
             service_account: workload.service_account().to_owned(),
         };
-        let policies: Vec<(String, Arc<Authorization>)> = self
-            .state
-            .policies_of(workload)
-            .into_iter()
-            .map(|(name, policy)| (name.clone(), Arc::clone(policy)))
-            .collect();
-        let content = self.content_name(&policies);
+        let policies = owned(self.state.policies_of(workload));
+        let content = content_name(self.state, &policies);
         let mut entry = WorkloadEntry {
             netns: local.netns,
             v4: local.address(0).map(Into::into).unwrap_or_default(),
@@ -244,6 +335,63 @@ impl<'a> Compiler<'a> {
                 .map_err(ApplyError::at(&local.enrolled.uid))?;
         }
         Ok(entry)
+    }
+
+    /// Sets for workloads of other nodes, while `room` verdicts last. Those that share policies share sets.
+    fn remote(
+        &mut self,
+        locals: &HashMap<String, Local>,
+        mut room: usize,
+        failures: &mut Vec<ApplyError>,
+    ) -> (HashMap<String, Remote>, HashMap<PoliciesKey, u32>) {
+        let mut contents: HashMap<PoliciesKey, Content> = HashMap::new();
+        let mut all = HashMap::new();
+        for (name, workload) in &self.state.workloads {
+            if locals.contains_key(&workload.pod()) {
+                continue;
+            }
+            let mut remote = Remote::of(workload);
+            if self.state.has_policies_of(workload) {
+                let content = contents
+                    .entry(remote.policies_key())
+                    .or_insert_with(|| Content::of(self.state, workload));
+                for family in [0, 1] {
+                    let Some(address) = remote.address(family) else {
+                        continue;
+                    };
+                    match self.remote_set(content, address, &mut room) {
+                        Ok(set) => remote.sets[family] = set,
+                        Err(error) => failures.push(ApplyError::at(name)(error)),
+                    }
+                }
+            }
+            all.insert(name.clone(), remote);
+        }
+        let shared = contents.into_iter().filter_map(|(key, content)| {
+            Some((key, content.set.filter(|_| !content.looks_at_destination)?))
+        });
+        (all, shared.collect())
+    }
+
+    /// 0 if there is no room, or nothing to refuse.
+    fn remote_set(
+        &mut self,
+        content: &mut Content,
+        address: IpAddr,
+        room: &mut usize,
+    ) -> std::io::Result<u32> {
+        let cost = content.verdicts * self.sources.len();
+        if content.policies.is_empty() || cost > *room {
+            content.set = Some(0);
+            return Ok(0);
+        }
+        let before = self.sets.len();
+        let set = self.set(&content.policies, &content.name, Some(address))?;
+        content.set = Some(set);
+        if self.sets.len() > before {
+            *room -= cost;
+        }
+        Ok(set)
     }
 
     fn carry_over(&mut self, tables: &Tables, local: &Local) {
@@ -284,21 +432,6 @@ impl<'a> Compiler<'a> {
         Ok(id)
     }
 
-    /// A name that two lists of policies share only if they say the same.
-    fn content_name(&self, policies: &[(String, Arc<Authorization>)]) -> String {
-        let mut digest = Sha256::new();
-        for (name, _) in policies {
-            digest.update((name.len() as u64).to_be_bytes());
-            digest.update(name);
-            digest.update(self.state.policy_digest(name));
-        }
-        let mut name = String::from("set:");
-        for byte in digest.finalize() {
-            let _ = write!(name, "{byte:02x}");
-        }
-        name
-    }
-
     fn set(
         &mut self,
         policies: &[(String, Arc<Authorization>)],
@@ -322,6 +455,52 @@ impl<'a> Compiler<'a> {
         });
         Ok(id)
     }
+}
+
+/// The policies of workloads that have the same ones.
+struct Content {
+    policies: Vec<(String, Arc<Authorization>)>,
+    name: String,
+    looks_at_destination: bool,
+    /// How many verdicts each source takes.
+    verdicts: usize,
+    set: Option<u32>,
+}
+
+impl Content {
+    fn of(state: &MeshState, workload: &Workload) -> Self {
+        let policies = owned(state.policies_of(workload));
+        Self {
+            name: content_name(state, &policies),
+            looks_at_destination: policy::looks_at_destination(&policies),
+            verdicts: policy::named_ports(&policies).len() + 1,
+            set: None,
+            policies,
+        }
+    }
+}
+
+fn owned(policies: Vec<(&String, &Arc<Authorization>)>) -> Vec<(String, Arc<Authorization>)> {
+    policies
+        .into_iter()
+        .map(|(name, policy)| (name.clone(), Arc::clone(policy)))
+        .collect()
+}
+
+/// A name that two lists of policies share only if they say the same.
+fn content_name(state: &MeshState, policies: &[(String, Arc<Authorization>)]) -> String {
+    let mut digest = Sha256::new();
+    for (name, _) in policies {
+        digest.update((name.len() as u64).to_be_bytes());
+        digest.update(name);
+        digest.update(state.policy_digest(name));
+    }
+    let mut name = String::from("set:");
+    for byte in digest.finalize() {
+        // Writing to a String cannot fail.
+        let _ = write!(name, "{byte:02x}");
+    }
+    name
 }
 
 /// Writes the verdicts of some sources with one set. A port's own verdict comes before the one for all other
@@ -375,10 +554,11 @@ fn verdict(
     VerdictEntry {
         policy: policy.unwrap_or(0),
         reason: judgement.reason as u16,
-        action: if judgement.allowed {
-            Action::Direct
-        } else {
-            Action::Deny
+        action: match judgement.reason {
+            _ if judgement.allowed => Action::Direct,
+            // A stranger's address is known where the agent accepts its connection.
+            Reason::NeedsAgent if source.identity.is_none() => Action::Agent,
+            _ => Action::Deny,
         } as u8,
         padding: 0,
     }

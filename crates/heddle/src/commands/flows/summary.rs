@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use api::report::{FlowEnd, FlowEventKind, FlowRecord, Verdict};
+use api::report::{FlowEnd, FlowEventKind, FlowRecord, FlowReporter, Verdict};
 use serde::Serialize;
 
 use crate::{
@@ -61,6 +61,9 @@ struct SummaryLine<'a> {
 
 impl Summary {
     pub(super) fn add(&mut self, record: &FlowRecord) {
+        if is_told_twice(record) {
+            return;
+        }
         let key = Key::of(record);
         let row = self.rows.entry(key.clone()).or_default();
         let connection = (record.node.clone(), record.connection);
@@ -150,6 +153,13 @@ impl Summary {
     }
 }
 
+/// Both nodes tell of a connection that went through a tunnel: the server's knows by which policy, and counts.
+fn is_told_twice(record: &FlowRecord) -> bool {
+    record.path == "tunnel"
+        && record.reporter == FlowReporter::Source
+        && record.event != FlowEventKind::Failed
+}
+
 impl Key {
     fn of(record: &FlowRecord) -> Self {
         let end = |end: &FlowEnd| match (end.workload.as_str(), end.address) {
@@ -226,6 +236,21 @@ mod tests {
         assert_eq!(lines.len(), 1);
         assert_eq!((lines[0].connections, lines[0].open), (4, 2));
         assert_eq!((lines[0].bytes_sent, lines[0].bytes_received), (1111, 2222));
+    }
+
+    #[test]
+    fn a_tunnelled_connection_counts_once() {
+        let mut summary = Summary::default();
+        for reporter in [FlowReporter::Source, FlowReporter::Destination] {
+            summary.add(&FlowRecord {
+                reporter,
+                path: "tunnel".into(),
+                ..figures(FlowEventKind::Closed, 1, 10, 20)
+            });
+        }
+        let lines = summary.lines();
+        assert_eq!(lines.len(), 1);
+        assert_eq!((lines[0].connections, lines[0].bytes_sent), (1, 10));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The filters, for every kind of record.
 
+use api::report::FlowReporter;
 use clap::Parser as _;
 
 use super::*;
@@ -21,6 +22,7 @@ pub(super) fn record() -> FlowRecord {
         sequence: 1,
         time_ms: 999_990_000,
         node: "node-1".into(),
+        reporter: FlowReporter::Source,
         event: FlowEventKind::Opened,
         state: "established".into(),
         source: end("client", 40_000),
