@@ -3,7 +3,7 @@
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/heddle/target
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint fmt build install bench-direct bench-direct-scale bench-splice soak-direct
+.PHONY: help demo test lint fmt build install bench-direct bench-direct-scale bench-splice bench-tunnel soak-direct
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,3 +39,6 @@ soak-direct: install build ## Check every byte of millions of connections (SOAK_
 bench-splice: install build ## Measure spliced connections beside plain TCP: both ends on one CPU, and on two
 	$(CARGO_TARGET_DIR)/release/heddle-bench direct --splice --replicas 0 --cpus 0,0
 	$(CARGO_TARGET_DIR)/release/heddle-bench direct --splice --replicas 0 --cpus 0,1
+
+bench-tunnel: install build ## Measure the tunnel between two nodes beside plain TCP
+	$(CARGO_TARGET_DIR)/release/heddle-bench tunnel

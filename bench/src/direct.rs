@@ -7,8 +7,8 @@
 //! [`crate::client`]'s business.
 
 mod contained;
-mod mesh;
-mod plain;
+pub(crate) mod mesh;
+pub(crate) mod plain;
 mod report;
 
 use std::{path::PathBuf, process::Command, time::Duration};
@@ -77,8 +77,8 @@ pub(crate) fn run(arguments: &DirectArguments) -> anyhow::Result<()> {
     );
     let ends = Ends {
         program: own_program()?,
-        client_cpu,
-        server_cpu,
+        client_cpu: Some(client_cpu),
+        server_cpu: Some(server_cpu),
         seconds: arguments.seconds,
     };
     let plain = Plain::start(&ends)?;

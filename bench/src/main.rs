@@ -5,7 +5,8 @@
 //! - [`stress`] asks no figures, but whether every byte is right.
 //! - [`direct`] runs the two on the direct path and on plain TCP in turn, and compares.
 //! - [`scale`] runs them on the direct path under small and large loads, and times how changes travel.
-//! - [`scenario`] is what those two measure.
+//! - [`tunnel`] runs them between two nodes, through the tunnel, and on plain TCP in turn, and compares.
+//! - [`scenario`] is what the former two measure.
 //! - [`protocol`] is what the two say to each other.
 //! - [`samples`] turns latencies into percentiles.
 //! - [`affinity`] keeps an end on one CPU, where asked.
@@ -19,6 +20,7 @@ mod scale;
 mod scenario;
 mod server;
 mod stress;
+mod tunnel;
 
 use clap::{Parser, Subcommand};
 
@@ -40,6 +42,8 @@ enum Command {
     Direct(direct::DirectArguments),
     /// Compares the direct path under small and large loads, and times how changes reach the kernel.
     DirectScale(scale::ScaleArguments),
+    /// Compares the tunnel between two nodes of a mesh with plain TCP.
+    Tunnel(tunnel::TunnelArguments),
     /// The serving end of a stress run: follows each connection's plan, and checks every byte.
     StressServer(stress::StressServerArguments),
     /// Makes many connections of all kinds, checks every byte both ways, and prints the account as a line of JSON.
@@ -52,6 +56,7 @@ fn main() -> anyhow::Result<()> {
         Command::Client(arguments) => client::run(&arguments),
         Command::Direct(arguments) => direct::run(&arguments),
         Command::DirectScale(arguments) => scale::run(&arguments),
+        Command::Tunnel(arguments) => tunnel::run(&arguments),
         Command::StressServer(arguments) => stress::serve(&arguments),
         Command::Stress(arguments) => stress::run(&arguments),
     }

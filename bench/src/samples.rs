@@ -25,6 +25,11 @@ impl Samples {
             .push(u32::try_from(latency.as_nanos()).unwrap_or(u32::MAX));
     }
 
+    /// Adds another thread's.
+    pub(crate) fn append(&mut self, mut others: Self) {
+        self.nanoseconds.append(&mut others.nanoseconds);
+    }
+
     /// Whether there is no room for more.
     pub(crate) fn is_full(&self) -> bool {
         self.nanoseconds.len() >= MAX_SAMPLES

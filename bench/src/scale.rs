@@ -129,8 +129,8 @@ pub(crate) fn run(arguments: &ScaleArguments) -> anyhow::Result<()> {
     let plan = Plan::of(arguments)?;
     let ends = Ends {
         program: std::env::current_exe().context("cannot tell where this program is")?,
-        client_cpu,
-        server_cpu,
+        client_cpu: Some(client_cpu),
+        server_cpu: Some(server_cpu),
         seconds: if arguments.quick {
             0.1
         } else {

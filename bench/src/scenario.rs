@@ -37,6 +37,8 @@ impl Scenario {
             Mode::Pingpong => &[Metric::P50, Metric::P99],
             Mode::Bulk => &[Metric::Bytes],
             Mode::Connect => &[Metric::Connections],
+            // Of these, other benchmarks make figures.
+            Mode::Cold | Mode::Idle => &[],
         }
     }
 
@@ -48,14 +50,14 @@ impl Scenario {
         target: &str,
         client: impl FnOnce(&[String]) -> anyhow::Result<Output>,
     ) -> anyhow::Result<Measurement> {
-        let arguments = [
+        let mut arguments = vec![
             "client".to_owned(),
-            format!("--mode={}", self.mode_argument()),
+            format!("--mode={}", self.mode.argument()),
             format!("--size={}", self.size),
             format!("--seconds={}", ends.seconds),
-            format!("--cpu={}", ends.client_cpu),
             format!("--connect={target}"),
         ];
+        arguments.extend(ends.client_cpu.map(|cpu| format!("--cpu={cpu}")));
         let output = client(&arguments)?;
         ensure!(
             output.status.success(),
@@ -77,15 +79,6 @@ impl Scenario {
         );
         Ok(measurement)
     }
-
-    /// The value of the client's `--mode`.
-    fn mode_argument(&self) -> &'static str {
-        match self.mode {
-            Mode::Pingpong => "pingpong",
-            Mode::Bulk => "bulk",
-            Mode::Connect => "connect",
-        }
-    }
 }
 
 impl fmt::Display for Scenario {
@@ -94,6 +87,8 @@ impl fmt::Display for Scenario {
             Mode::Pingpong => write!(formatter, "ping-pong {} B", self.size),
             Mode::Bulk => write!(formatter, "bulk"),
             Mode::Connect => write!(formatter, "new connections"),
+            Mode::Cold => write!(formatter, "first connection"),
+            Mode::Idle => write!(formatter, "idle connections"),
         }
     }
 }
@@ -133,19 +128,18 @@ impl Metric {
 pub(crate) struct Ends {
     /// This program, by a path that is the same inside a workload.
     pub(crate) program: PathBuf,
-    pub(crate) client_cpu: usize,
-    pub(crate) server_cpu: usize,
+    /// `None`: wherever the scheduler puts them.
+    pub(crate) client_cpu: Option<usize>,
+    pub(crate) server_cpu: Option<usize>,
     pub(crate) seconds: f64,
 }
 
 impl Ends {
     /// Arguments of this program as the server.
-    pub(crate) fn server_arguments(&self) -> [String; 3] {
-        [
-            "server".to_owned(),
-            format!("--port={PORT}"),
-            format!("--cpu={}", self.server_cpu),
-        ]
+    pub(crate) fn server_arguments(&self) -> Vec<String> {
+        let mut arguments = vec!["server".to_owned(), format!("--port={PORT}")];
+        arguments.extend(self.server_cpu.map(|cpu| format!("--cpu={cpu}")));
+        arguments
     }
 }
 

@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// Data connections served at a time; further ones are closed at once.
-const MAX_CONNECTIONS: usize = 256;
+const MAX_CONNECTIONS: usize = 2048;
 
 /// A client that says nothing for this long is gone.
 const IDLE_LIMIT: Duration = Duration::from_secs(60);

@@ -150,3 +150,47 @@ fn plain_tcp_compared_with_itself_gives_every_figure() {
         }
     }
 }
+
+#[test]
+fn several_connections_add_up() {
+    let server = Server::start();
+    let target = format!("127.0.0.1:{}", server.port);
+    for (mode, figure) in [
+        ("bulk", "bytes_per_second"),
+        ("connect", "connections_per_second"),
+    ] {
+        let output = bench()
+            .args(["client", "--mode", mode, "--connect", &target])
+            .args(["--connections", "4", "--size", "4096", "--seconds", "0.2"])
+            .output()
+            .unwrap();
+        let measurement: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let seconds = measurement["seconds"].as_f64().unwrap();
+        let counted = measurement[figure].as_f64().unwrap() * seconds;
+        // The warm-up is in one of them only.
+        assert!(measurement["operations"].as_f64().unwrap() > counted);
+        assert_eq!(measurement["errors"], 0);
+    }
+}
+
+#[test]
+fn idle_connections_are_held_until_standard_input_ends() {
+    let server = Server::start();
+    let mut client = bench()
+        .args(["client", "--mode", "idle", "--connections", "20"])
+        .args(["--connect", &format!("127.0.0.1:{}", server.port)])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    BufReader::new(client.stdout.take().unwrap())
+        .read_line(&mut line)
+        .unwrap();
+    let measurement: Value = serde_json::from_str(&line).unwrap();
+    assert_eq!(measurement["operations"], 20);
+    let descriptors = std::fs::read_dir(format!("/proc/{}/fd", client.id())).unwrap();
+    assert!(descriptors.count() >= 20, "they are closed already");
+    drop(client.stdin.take());
+    assert!(client.wait().unwrap().success());
+}

@@ -17,13 +17,14 @@ use crate::{
 };
 
 /// What the replicas of the start-up measurement run.
-pub(super) const IDLE_PROGRAM: [&str; 2] = ["/bin/sleep", "1000000"];
+pub(crate) const IDLE_PROGRAM: [&str; 2] = ["/bin/sleep", "1000000"];
 
 /// Name of the benchmark's mesh: other meshes on the machine go on undisturbed.
 const MESH: &str = "bench";
 
 /// A running mesh. Dropping it takes it down.
-pub(super) struct Mesh {
+pub(crate) struct Mesh {
+    name: &'static str,
     heddle: PathBuf,
     ends: Option<Ends>,
     directory: PathBuf,
@@ -33,17 +34,24 @@ impl Mesh {
     /// Starts a mesh with a server and a client, and returns when both run. With `splice` both ask for spliced
     /// connections.
     pub(super) fn start(heddle: &Path, ends: &Ends, splice: bool) -> anyhow::Result<Self> {
-        let mut mesh = Self::up(heddle, &server_and_client(ends, splice))?;
+        let mut mesh = Self::up(heddle, MESH, 1, &server_and_client(ends, splice))?;
         mesh.ends = Some(ends.clone());
         Ok(mesh)
     }
 
-    fn up(heddle: &Path, objects: &str) -> anyhow::Result<Self> {
+    /// Brings up a mesh of these objects, and returns when all workloads are ready.
+    pub(crate) fn up(
+        heddle: &Path,
+        name: &'static str,
+        nodes: u8,
+        objects: &str,
+    ) -> anyhow::Result<Self> {
         let directory = std::env::temp_dir().join(format!("heddle-bench-{}", std::process::id()));
         fs::create_dir_all(&directory)
             .and_then(|()| fs::write(directory.join("bench.yaml"), objects))
             .with_context(|| format!("cannot write {}", directory.display()))?;
         let mesh = Self {
+            name,
             heddle: heddle.to_owned(),
             ends: None,
             directory,
@@ -52,7 +60,7 @@ impl Mesh {
         let output = mesh
             .command("up")
             .arg(&mesh.directory)
-            .arg("--detach")
+            .args(["--detach", "--nodes", &nodes.to_string()])
             .output()
             .context("cannot start heddle")?;
         ensure!(
@@ -74,10 +82,11 @@ impl Mesh {
             .status();
     }
 
-    fn command(&self, subcommand: &str) -> Command {
+    /// A subcommand of heddle's for this mesh.
+    pub(crate) fn command(&self, subcommand: &str) -> Command {
         let mut command = Command::new(&self.heddle);
         command
-            .args([subcommand, "--mesh", MESH])
+            .args([subcommand, "--mesh", self.name])
             .stdin(Stdio::null());
         command
     }
@@ -109,7 +118,7 @@ impl Drop for Mesh {
 /// Time of `heddle up` until all replicas of an idle program are ready.
 pub(super) fn time_of_start(heddle: &Path, replicas: u32) -> anyhow::Result<Duration> {
     let started = Instant::now();
-    let mesh = Mesh::up(heddle, &idle_replicas(replicas))?;
+    let mesh = Mesh::up(heddle, MESH, 1, &idle_replicas(replicas))?;
     let elapsed = started.elapsed();
     drop(mesh);
     Ok(elapsed)

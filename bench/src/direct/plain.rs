@@ -16,21 +16,21 @@ use rtnetlink::{Handle, LinkBridge, LinkUnspec, LinkVeth};
 use super::Side;
 use crate::scenario::{Ends, PORT};
 
-pub(super) const SERVER_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 1);
+pub(crate) const SERVER_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 1);
 const CLIENT_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 2);
 const PREFIX_LENGTH: u8 = 24;
 
 /// The namespaces; they go with their last descriptors.
 #[derive(Clone)]
-pub(super) struct Network {
-    pub(super) server: Netns,
-    pub(super) client: Netns,
+pub(crate) struct Network {
+    pub(crate) server: Netns,
+    pub(crate) client: Netns,
     // Held for the bridge in it.
     _switch: Netns,
 }
 
 impl Network {
-    pub(super) fn create() -> anyhow::Result<Self> {
+    pub(crate) fn create() -> anyhow::Result<Self> {
         let create = || Netns::create().context("cannot make a network namespace");
         let (switch, server, client) = (create()?, create()?, create()?);
         switch.run(|| {
@@ -90,7 +90,8 @@ impl Drop for Plain {
     }
 }
 
-fn start_server(ends: &Ends) -> anyhow::Result<Child> {
+/// Starts the server where the calling thread is, and returns when it listens.
+pub(crate) fn start_server(ends: &Ends) -> anyhow::Result<Child> {
     let mut process = Command::new(&ends.program)
         .args(ends.server_arguments())
         .stdout(Stdio::piped())

@@ -252,6 +252,7 @@ mod tests {
             bytes_per_second: 0.0,
             connections_per_second: 0.0,
             errors: 0,
+            operations: 0,
         }
     }
 
