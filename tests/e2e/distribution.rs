@@ -143,24 +143,37 @@ fn the_own_node_comes_first(mesh: &Mesh) {
     for pod in replicas("node-1") {
         mesh.exec(&pod, &["rm", "/tmp/healthy"]).success();
     }
-    for (service, reason) in [("near", "no-tunnel"), ("local", "no-endpoint")] {
-        mesh.until_explained("here", &format!("{service}:80"), reason);
-        for attempt in mesh.attempts("here", "any", service, 80, 20) {
-            attempt.failed("ECONNREFUSED");
-        }
+    mesh.until_explained("here", "local:80", "no-endpoint");
+    for attempt in mesh.attempts("here", "any", "local", 80, 20) {
+        attempt.failed("ECONNREFUSED");
     }
-    let own = replicas("node-2");
-    let weights: Vec<(&str, f64)> = own.iter().map(|pod| (pod.as_str(), 1.0)).collect();
-    assert_shares(&served_by(mesh, "there", "any", "near", 300), &weights);
+    until_path(mesh, "tunnel");
+    let others = replicas("node-2");
+    let weights: Vec<(&str, f64)> = others.iter().map(|pod| (pod.as_str(), 1.0)).collect();
+    for client in ["here", "there"] {
+        assert_shares(&served_by(mesh, client, "any", "near", 300), &weights);
+    }
 
     // And back.
     for pod in replicas("node-1") {
         mesh.exec(&pod, &["touch", "/tmp/healthy"]).success();
     }
-    mesh.until_explained("here", "near:80", "no-policy");
+    until_path(mesh, "direct");
     for attempt in mesh.attempts("here", "any", "near", 80, 20) {
         attempt.greeting();
     }
+}
+
+/// Waits until the path from the first node to the service that prefers its own is this one.
+fn until_path(mesh: &Mesh, path: &str) {
+    until(&format!("the path is {path}"), PATIENCE, || {
+        let answer = mesh.explain("here", "near:80");
+        if answer.path == path {
+            Ok(())
+        } else {
+            Err(format!("{answer:#?}"))
+        }
+    });
 }
 
 /// `version` of a server that ends only when its connections have, in `replicas`.

@@ -1,9 +1,10 @@
 //! What all tests share: a mesh of their own, and ways to look at it.
 //!
 //! The mesh and its commands are here; what a client inside a workload sees is in [`probe`], the objects that
-//! tests write are in [`objects`], what must be gone at the end is in [`leftovers`].
+//! tests write are in [`objects`], what a node counts is in [`metrics`], what must be gone at the end is in [`leftovers`].
 
 pub(crate) mod leftovers;
+pub(crate) mod metrics;
 pub(crate) mod objects;
 pub(crate) mod probe;
 

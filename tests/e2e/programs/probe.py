@@ -426,6 +426,13 @@ def make_socket(family, kind, protocol):
     say(errno_of(lambda: socket.socket(int(family), int(kind), int(protocol)).close()))
 
 
+def bind(address, port):
+    """Whether a program may listen there."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as sock:
+        say(errno_of(lambda: sock.bind((address, int(port)))))
+
+
 def datagram(host, port):
     """sendto() without connect()."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -505,6 +512,6 @@ def greet_all(sock, accepted):
 COMMANDS = [
     connect, spoof, loop, hold, watch, watch_datagrams, first, vanish, late, resolve, dns,
     ask_datagrams, hold_datagrams, ask_many_ports, serve_connected, datagram_from,
-    make_socket, datagram, fast_open, link_local, datagrams, call, relisten,
+    make_socket, bind, datagram, fast_open, link_local, datagrams, call, relisten,
 ]  # fmt: skip
 {command.__name__: command for command in COMMANDS}[sys.argv[1]](*sys.argv[2:])
