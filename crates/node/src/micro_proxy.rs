@@ -254,7 +254,7 @@ impl MicroProxy {
         }
         let workload = serving.workload;
         workload.drain.cancel();
-        if let Some(credentials) = workload.credentials.borrow().as_ref() {
+        if let Some(credentials) = workload.credentials_now() {
             for pool in &self.context.pools {
                 pool.forget(credentials.source(workload.id));
             }
@@ -378,7 +378,6 @@ impl Context {
         let accepting = accepting.clone();
         let worker = worker % self.workers.count();
         self.workers.spawn(worker, async move {
-            let stop = workload.stop.clone();
             let listener = match TcpListener::from_std(listener) {
                 Ok(listener) => listener,
                 Err(error) => {
@@ -386,15 +385,52 @@ impl Context {
                     return;
                 }
             };
+            let own = Arc::clone(&workload);
             let serve = async {
                 match port {
-                    Port::Hbone => inbound::serve(context, workload, listener, worker, accepting).await,
-                    Port::Outbound => outbound::serve(context, workload, listener, worker, accepting).await,
-                    Port::Inbound => plain::serve(context, workload, listener, worker, accepting).await,
+                    Port::Hbone => {
+                        each(&own, &listener, &accepting, |tcp, peer| {
+                            inbound::carry(Arc::clone(&context), Arc::clone(&own), worker, tcp, peer)
+                        })
+                        .await;
+                    }
+                    Port::Outbound => {
+                        each(&own, &listener, &accepting, |tcp, peer| {
+                            outbound::carry(Arc::clone(&context), Arc::clone(&own), worker, tcp, peer)
+                        })
+                        .await;
+                    }
+                    Port::Inbound => {
+                        each(&own, &listener, &accepting, |tcp, peer| {
+                            plain::carry(Arc::clone(&context), Arc::clone(&own), worker, tcp, peer)
+                        })
+                        .await;
+                    }
                 }
             };
             tokio::select! {
                 () = serve => {}
+                () = workload.stop.cancelled() => {}
+            }
+        });
+    }
+}
+
+/// Carries every connection that comes to a workload's socket, until nothing is accepted any more; what is carried ends
+/// when the workload is gone.
+async fn each<F>(
+    workload: &LocalWorkload,
+    listener: &TcpListener,
+    accepting: &CancellationToken,
+    carry: impl Fn(TcpStream, SocketAddr) -> F,
+) where
+    F: Future<Output = ()> + Send + 'static,
+{
+    while let Some((tcp, peer)) = accept(listener, accepting).await {
+        let (carried, stop) = (carry(tcp, peer), workload.stop.clone());
+        workload.tasks.spawn(async move {
+            tokio::select! {
+                () = carried => {}
                 () = stop.cancelled() => {}
             }
         });

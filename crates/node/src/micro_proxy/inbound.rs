@@ -5,7 +5,7 @@ use std::{net::SocketAddr, sync::Arc};
 use api::report::FlowReporter;
 use http::StatusCode;
 use identity::SpiffeId;
-use tokio_util::sync::CancellationToken;
+use tokio::net::TcpStream;
 use tunnel::{Accepted, Authority, ConnectRequest, Handler, Outcome, Peer, Refusal, Session};
 
 use super::{
@@ -153,40 +153,27 @@ impl Session for InboundSession {
     }
 }
 
-/// Accepts tunnels of one workload on one worker until it is gone.
-pub(crate) async fn serve(
+/// Serves a tunnel to a workload until it ends.
+pub(crate) async fn carry(
     context: Arc<Context>,
     workload: Arc<LocalWorkload>,
-    listener: tokio::net::TcpListener,
     worker: usize,
-    accepting: CancellationToken,
+    tcp: TcpStream,
+    peer: SocketAddr,
 ) {
-    loop {
-        let Some((tcp, peer)) = super::accept(&listener, &accepting).await else {
-            return;
-        };
-        let Some(credentials) = workload.credentials.borrow().clone() else {
-            // Without a certificate there is nothing to say; the peer tries again.
-            context.metrics.failed_inbound("no-certificate");
-            super::reset(&tcp);
-            continue;
-        };
-        let Some(server) = context.server(worker) else {
-            return;
-        };
-        let (context, drain) = (Arc::clone(&context), workload.drain.clone());
-        let (stop, uid) = (workload.stop.clone(), workload.uid.clone());
-        workload.tasks.spawn(async move {
-            let served = tokio::select! {
-                served = server.serve(tcp, credentials.server.clone(), drain) => served,
-                () = stop.cancelled() => return,
-            };
-            if let Err(error) = served {
-                context.metrics.failed_inbound(kind_of_serve(&error));
-                context.complaints.say(|unsaid| {
-                    tracing::info!(workload = uid, %peer, %error, unsaid, "a tunnel ended badly");
-                });
-            }
+    let Some(credentials) = workload.credentials().await else {
+        // Without a certificate there is nothing to say; the peer tries again.
+        context.metrics.failed_inbound("no-certificate");
+        return super::reset(&tcp);
+    };
+    let Some(server) = context.server(worker) else {
+        return;
+    };
+    let served = server.serve(tcp, credentials.server.clone(), workload.drain.clone());
+    if let Err(error) = served.await {
+        context.metrics.failed_inbound(kind_of_serve(&error));
+        context.complaints.say(|unsaid| {
+            tracing::info!(workload = workload.uid, %peer, %error, unsaid, "a tunnel ended badly");
         });
     }
 }

@@ -4,13 +4,14 @@
 use std::{
     net::IpAddr,
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use api::enroll::EnrolledWorkload;
 use arc_swap::ArcSwapOption;
 use identity::SpiffeId;
 use linux::netns::Netns;
-use tokio::sync::watch;
+use tokio::{sync::watch, time::timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use xds::proto::security::Authorization;
 
@@ -23,6 +24,9 @@ use crate::{
     names::WorkloadNames,
     policy::{Client, Judgement},
 };
+
+/// How long a connection waits for the workload's first certificate.
+const CERTIFICATE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Policies that apply to a workload, sorted by name.
 pub(crate) type Policies = [(String, Arc<Authorization>)];
@@ -39,7 +43,7 @@ pub(crate) struct LocalWorkload {
     pub(crate) netns: Netns,
     /// `None` until the control plane has said which.
     policies: ArcSwapOption<Box<Policies>>,
-    pub(crate) credentials: watch::Receiver<Option<Arc<Credentials>>>,
+    credentials: watch::Receiver<Option<Arc<Credentials>>>,
     pub(crate) open: Arc<OpenConnections>,
     /// What the tunnel's other end is told of it (W3C Baggage; the keys are Istio's).
     pub(crate) baggage: String,
@@ -88,6 +92,22 @@ impl LocalWorkload {
             drain: CancellationToken::new(),
             stop,
         }
+    }
+
+    /// What the workload proves itself with. Waits a moment for the first: a workload may be quicker than its certificate.
+    pub(crate) async fn credentials(&self) -> Option<Arc<Credentials>> {
+        let mut credentials = self.credentials.clone();
+        let known = credentials.wait_for(Option::is_some);
+        timeout(CERTIFICATE_PATIENCE, known)
+            .await
+            .ok()?
+            .ok()?
+            .clone()
+    }
+
+    /// As [`LocalWorkload::credentials`], if there are any now.
+    pub(crate) fn credentials_now(&self) -> Option<Arc<Credentials>> {
+        self.credentials.borrow().clone()
     }
 
     /// Puts other policies in force, and ends what they forbid.

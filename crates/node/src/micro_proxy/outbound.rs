@@ -1,20 +1,16 @@
 //! The client's side of a tunnel: a connection that the kernel led here goes to another node, under the identity of
 //! the workload that made it.
 
-use std::{net::SocketAddr, os::fd::AsFd as _, sync::Arc, time::Duration};
+use std::{net::SocketAddr, os::fd::AsFd as _, sync::Arc};
 
 use api::report::FlowReporter;
 use kernel::Grant;
-use tokio::{
-    net::{TcpListener, TcpStream},
-    time::timeout,
-};
-use tokio_util::sync::CancellationToken;
+use tokio::net::TcpStream;
 use tunnel::{ConnectError, ConnectHeaders, PoolKey, TunnelStream, relay};
 
 use super::{
     Context,
-    credentials::{Credentials, CredentialsError},
+    credentials::CredentialsError,
     delivery,
     local::LocalWorkload,
     metrics::kind_of_connect,
@@ -22,30 +18,8 @@ use super::{
 };
 use crate::names::WorkloadNames;
 
-/// How long a connection waits for the workload's first certificate.
-const CERTIFICATE_PATIENCE: Duration = Duration::from_secs(10);
-
-/// Accepts captured connections of one workload on one worker until it is gone.
-pub(crate) async fn serve(
-    context: Arc<Context>,
-    workload: Arc<LocalWorkload>,
-    listener: TcpListener,
-    worker: usize,
-    accepting: CancellationToken,
-) {
-    while let Some((tcp, peer)) = super::accept(&listener, &accepting).await {
-        let (context, served) = (Arc::clone(&context), Arc::clone(&workload));
-        workload.tasks.spawn(async move {
-            let stop = served.stop.clone();
-            tokio::select! {
-                () = carry(context, served, worker, tcp, peer) => {}
-                () = stop.cancelled() => {}
-            }
-        });
-    }
-}
-
-async fn carry(
+/// Takes a captured connection of a workload's to where it goes.
+pub(crate) async fn carry(
     context: Arc<Context>,
     workload: Arc<LocalWorkload>,
     worker: usize,
@@ -152,7 +126,8 @@ async fn open(
     worker: usize,
     asked: &Asked<'_>,
 ) -> Result<TunnelStream, Failure> {
-    let credentials = credentials(workload).await?;
+    let credentials = workload.credentials().await;
+    let credentials = credentials.ok_or(Failure::NoCertificate)?;
     let peer = credentials.towards(&asked.server.identity)?;
     let address = SocketAddr::new(asked.target.ip(), kernel::ports::HBONE);
     let key = PoolKey {
@@ -177,15 +152,6 @@ async fn open(
 fn host_of(service: &str) -> String {
     let (namespace, name) = service.split_once('/').unwrap_or(("", service));
     format!("{name}.{namespace}")
-}
-
-async fn credentials(workload: &LocalWorkload) -> Result<Arc<Credentials>, Failure> {
-    let mut credentials = workload.credentials.clone();
-    let known = credentials.wait_for(Option::is_some);
-    match timeout(CERTIFICATE_PATIENCE, known).await {
-        Ok(Ok(known)) => known.clone().ok_or(Failure::NoCertificate),
-        _ => Err(Failure::NoCertificate),
-    }
 }
 
 fn reason_of(grant: &Grant) -> &'static str {

@@ -4,8 +4,7 @@
 use std::{net::SocketAddr, sync::Arc};
 
 use api::report::FlowReporter;
-use tokio::net::{TcpListener, TcpStream};
-use tokio_util::sync::CancellationToken;
+use tokio::net::TcpStream;
 
 use super::{
     Context, delivery,
@@ -14,27 +13,8 @@ use super::{
 };
 use crate::{inpod::sockets, policy::Client};
 
-/// Accepts such connections to one workload on one worker until it is gone.
-pub(crate) async fn serve(
-    context: Arc<Context>,
-    workload: Arc<LocalWorkload>,
-    listener: TcpListener,
-    worker: usize,
-    accepting: CancellationToken,
-) {
-    while let Some((tcp, peer)) = super::accept(&listener, &accepting).await {
-        let (context, served) = (Arc::clone(&context), Arc::clone(&workload));
-        workload.tasks.spawn(async move {
-            let stop = served.stop.clone();
-            tokio::select! {
-                () = carry(context, served, worker, tcp, peer) => {}
-                () = stop.cancelled() => {}
-            }
-        });
-    }
-}
-
-async fn carry(
+/// Judges such a connection to a workload, and carries it if it may pass.
+pub(crate) async fn carry(
     context: Arc<Context>,
     workload: Arc<LocalWorkload>,
     worker: usize,
