@@ -21,13 +21,13 @@ const PORT: u16 = 8000;
 #[test]
 fn a_program_gets_its_own_identity_and_no_other() {
     let mesh = two_nodes("identities", &[]);
-    let certificates = mesh.certificates();
     for (workload, node) in [("alice", "node-1"), ("web", "node-2")] {
         let id = spiffe_id(&format!("shop/{workload}"));
         let own: Own = mesh.identity(workload, &["own"]).hear();
         assert_eq!(own.id, id);
         assert_eq!((own.chain.len(), own.roots.len()), (1, 1), "{own:?}");
         // The same one that the operator is shown, on the node where it is and on no other.
+        let certificates = mesh.certificates();
         let shown: Vec<&Shown> = certificates
             .iter()
             .filter(|one| one.identity == id)
@@ -116,14 +116,12 @@ impl Mesh {
         serde_json::from_str(&outcome.stdout).unwrap()
     }
 
-    /// The serial number of an identity's certificate, as the operator is shown it.
-    fn serial(&self, account: &str) -> String {
+    /// The serial number of an identity's certificate, as the operator is shown it; `None` while there is none.
+    fn serial(&self, account: &str) -> Option<String> {
         let id = spiffe_id(account);
-        let shown = self
-            .certificates()
-            .into_iter()
-            .find(|one| one.identity == id);
-        shown.map(|one| one.serial).unwrap_or_default()
+        let mut all = self.certificates().into_iter();
+        let shown = all.find(|one| one.identity == id)?;
+        Some(shown.serial).filter(|serial| !serial.is_empty())
     }
 }
 

@@ -27,6 +27,7 @@ fn agents_come_back_with_their_certificates_while_the_authority_is_away() {
     let mesh = two_nodes("authority-away", &[]);
     mesh.connect("alice", "web", 80).greeting();
     let before = ["shop/alice", "shop/web"].map(|account| mesh.serial(account));
+    assert!(before.iter().all(Option::is_some), "{before:?}");
     for node in NODES {
         take_the_authority_away(&mesh, node);
         let old = mesh.node(node).pid;
