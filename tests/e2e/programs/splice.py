@@ -14,6 +14,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 
 PATIENCE = 8.0
 # A writer that has not been let go on for so long is blocked.
@@ -285,13 +286,23 @@ class Client:
         return sock
 
     def open(self, scenario, source_port=None, **head):
-        sock = self.socket()
-        if source_port:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(("", source_port))
-        sock.connect((self.address, self.port))
-        sock.sendall(self.head(scenario, **head))
-        return sock
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            sock = self.socket()
+            try:
+                if source_port:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    sock.bind(("", source_port))
+                sock.connect((self.address, self.port))
+            except OSError as error:
+                sock.close()
+                # The last connection from this port may still wait for the acknowledgement of its end.
+                if error.errno != errno.EADDRNOTAVAIL or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.001)
+                continue
+            sock.sendall(self.head(scenario, **head))
+            return sock
 
     def head(self, scenario, **head):
         return json.dumps({"scenario": scenario, **head}).encode() + b"\n"

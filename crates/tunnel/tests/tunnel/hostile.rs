@@ -160,6 +160,10 @@ async fn black_hole(target: std::net::SocketAddr) -> (std::net::SocketAddr, Arc<
                             break;
                         }
                     }
+                    // A black hole does not tell either side that the other has gone.
+                    if closed.load(SeqCst) {
+                        std::future::pending::<()>().await;
+                    }
                 });
             }
         }
