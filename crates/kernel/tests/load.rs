@@ -3,43 +3,32 @@
 
 #![allow(clippy::unwrap_used)] // A test ends at the first thing that fails.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-    process::Command,
-};
+#[path = "common/ground.rs"]
+mod ground;
+
+use std::{fs, os::unix::fs::MetadataExt, process::Command};
 
 use kernel::{
     AddressEntry, CgroupEntry, Kernel, KernelConfig, KernelError, MapSizes, Reason, SocketClass,
 };
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
-/// A bpffs and a cgroup, gone at the end.
-struct Ground {
-    dir: tempfile::TempDir,
-    cgroup: PathBuf,
-}
+use crate::ground::{Ground, count};
 
-impl Ground {
+/// Where the programs run, and what they are asked there.
+struct Place(Ground);
+
+impl Place {
     fn new(name: &str) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        mount(
-            Some("bpffs"),
-            dir.path(),
-            Some("bpf"),
-            MsFlags::empty(),
-            None::<&str>,
-        )
-        .expect("mounting a bpffs needs root");
-        let cgroup = cgroup2_root().join(format!("heddle.test-{name}-{}", std::process::id()));
-        fs::create_dir(&cgroup).unwrap();
-        Self { dir, cgroup }
+        Self(Ground::new(&format!(
+            "heddle.test-{name}-{}",
+            std::process::id()
+        )))
     }
 
     fn config(&self) -> KernelConfig {
         KernelConfig {
-            pin_dir: self.dir.path().join("node"),
-            cgroup: self.cgroup.clone(),
+            pin_dir: self.0.pin_dir(),
+            cgroup: self.0.cgroup().to_owned(),
             sizes: MapSizes {
                 workloads: 8,
                 ..MapSizes::default()
@@ -48,8 +37,7 @@ impl Ground {
     }
 
     fn cgroup_id(&self) -> u64 {
-        use std::os::unix::fs::MetadataExt;
-        fs::metadata(&self.cgroup).unwrap().ino()
+        fs::metadata(self.0.cgroup()).unwrap().ino()
     }
 
     /// What a program inside the cgroup gets when it asks for sockets: `ok` or an errno each.
@@ -57,7 +45,7 @@ impl Ground {
         let output = Command::new("/bin/sh")
             .arg("-c")
             .arg("echo $$ > \"$CGROUP/cgroup.procs\" && exec python3 -c \"$PROGRAM\"")
-            .env("CGROUP", &self.cgroup)
+            .env("CGROUP", self.0.cgroup())
             .env("PROGRAM", ASK_FOR_SOCKETS)
             .output()
             .unwrap();
@@ -76,30 +64,9 @@ for name, kind in (("tcp", socket.SOCK_STREAM), ("udp", socket.SOCK_DGRAM), ("ra
         print(f"{name}={error.errno}")
 "#;
 
-impl Drop for Ground {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(self.dir.path().join("node"));
-        let _ = umount2(self.dir.path(), MntFlags::MNT_DETACH);
-        let _ = fs::remove_dir(&self.cgroup);
-    }
-}
-
-fn cgroup2_root() -> PathBuf {
-    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
-    let line = mounts
-        .lines()
-        .find(|line| line.split(' ').nth(2) == Some("cgroup2"));
-    Path::new(line.expect("cgroup2 is mounted").split(' ').nth(1).unwrap()).to_owned()
-}
-
-fn count(kernel: &Kernel, reason: Reason) -> u64 {
-    let counts = kernel.reason_counts().unwrap();
-    counts.iter().find(|(other, _)| *other == reason).unwrap().1
-}
-
 #[test]
 fn a_process_without_identity_gets_no_socket() {
-    let ground = Ground::new("identity");
+    let ground = Place::new("identity");
     let (mut kernel, _flows) = Kernel::open(ground.config()).unwrap();
     kernel.attach().unwrap();
 
@@ -110,7 +77,7 @@ fn a_process_without_identity_gets_no_socket() {
 
 #[test]
 fn the_agent_passes_and_an_app_in_a_foreign_namespace_does_not() {
-    let ground = Ground::new("class");
+    let ground = Place::new("class");
     let (mut kernel, _flows) = Kernel::open(ground.config()).unwrap();
     kernel.attach().unwrap();
     let entry = |class| CgroupEntry {
@@ -137,9 +104,9 @@ fn the_agent_passes_and_an_app_in_a_foreign_namespace_does_not() {
 
 #[test]
 fn a_successor_takes_links_and_maps_over() {
-    let ground = Ground::new("successor");
+    let ground = Place::new("successor");
     let links = || {
-        let mut names: Vec<_> = fs::read_dir(ground.dir.path().join("node/links"))
+        let mut names: Vec<_> = fs::read_dir(ground.0.pin_dir().join("links"))
             .unwrap()
             .map(|entry| entry.unwrap().file_name())
             .collect();
@@ -185,7 +152,7 @@ fn a_successor_takes_links_and_maps_over() {
 
 #[test]
 fn maps_of_another_size_replace_the_old_ones() {
-    let ground = Ground::new("resize");
+    let ground = Place::new("resize");
     let (mut first, _flows) = Kernel::open(ground.config()).unwrap();
     first.attach().unwrap();
     drop((first, _flows));
@@ -193,7 +160,7 @@ fn maps_of_another_size_replace_the_old_ones() {
     config.sizes.workloads = 16;
     let (mut second, _flows) = Kernel::open(config).unwrap();
     second.attach().unwrap();
-    let maps = fs::read_dir(ground.dir.path().join("node/maps")).unwrap();
+    let maps = fs::read_dir(ground.0.pin_dir().join("maps")).unwrap();
     let workloads: Vec<String> = maps
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .filter(|name| name.starts_with("workloads-"))
@@ -208,7 +175,7 @@ fn maps_of_another_size_replace_the_old_ones() {
 
 #[test]
 fn a_full_table_says_so_and_keeps_what_it_has() {
-    let ground = Ground::new("full");
+    let ground = Place::new("full");
     let (mut kernel, _flows) = Kernel::open(ground.config()).unwrap();
     let devices = &mut kernel.tables.devices;
     for index in 0..devices.capacity() {
@@ -235,7 +202,7 @@ fn a_full_table_says_so_and_keeps_what_it_has() {
 
 #[test]
 fn a_pin_folder_outside_a_bpffs_is_a_clear_error() {
-    let ground = Ground::new("nobpffs");
+    let ground = Place::new("nobpffs");
     let elsewhere = tempfile::tempdir().unwrap();
     let mut config = ground.config();
     config.pin_dir = elsewhere.path().to_owned();
@@ -252,7 +219,7 @@ fn this_kernel_has_what_is_needed() {
 
 #[test]
 fn many_entries_at_once_are_what_one_by_one_makes() {
-    let ground = Ground::new("batch");
+    let ground = Place::new("batch");
     let (mut kernel, _flows) = Kernel::open(ground.config()).unwrap();
     let addresses = &mut kernel.tables.addresses;
     let key = |number: u32| kernel::Address::from(std::net::Ipv4Addr::from(number));
@@ -289,7 +256,7 @@ fn many_entries_at_once_are_what_one_by_one_makes() {
 
 #[test]
 fn many_entries_without_room_say_so_and_are_known_as_far_as_they_came() {
-    let ground = Ground::new("batch-full");
+    let ground = Place::new("batch-full");
     let (mut kernel, _flows) = Kernel::open(ground.config()).unwrap();
     let devices = &mut kernel.tables.devices;
     let entry = |index: u32| (index, kernel::DeviceEntry::default());
@@ -306,7 +273,7 @@ fn many_entries_without_room_say_so_and_are_known_as_far_as_they_came() {
 
 #[test]
 fn pinned_maps_show_what_the_agent_wrote_and_what_it_takes() {
-    let ground = Ground::new("pinned");
+    let ground = Place::new("pinned");
     let (mut kernel, _flows) = Kernel::open(ground.config()).unwrap();
     let maps = kernel::PinnedMaps::open(&ground.config().pin_dir).unwrap();
     let address = kernel::Address::from(std::net::Ipv4Addr::LOCALHOST);

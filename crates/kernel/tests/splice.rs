@@ -4,11 +4,15 @@
 
 #![allow(clippy::unwrap_used)] // A test ends at the first thing that fails.
 
+#[path = "common/ground.rs"]
+mod ground;
+#[path = "common/namespaces.rs"]
+mod namespaces;
+
 use std::{
     fs,
     io::{BufRead, BufReader, Write},
     os::unix::fs::MetadataExt,
-    path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
 };
 
@@ -16,7 +20,11 @@ use kernel::{
     Action, Address, AddressEntry, CgroupEntry, FlowEvent, FlowKind, FlowReader, Kernel,
     KernelConfig, MapSizes, Reason, SocketClass, VerdictEntry, VerdictKey, WorkloadEntry,
 };
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+use crate::{
+    ground::{Ground, count},
+    namespaces::{Namespace, ip},
+};
 
 const PROGRAM: &str = include_str!("../../../tests/e2e/programs/splice.py");
 const PORT: &str = "7000";
@@ -110,7 +118,7 @@ fn successors_take_nothing_from_open_connections() {
             for one in &mut held {
                 one.exchange();
             }
-            let links = fs::read_dir(world.bpffs.path().join("node/links")).unwrap();
+            let links = fs::read_dir(world.ground.pin_dir().join("links")).unwrap();
             let of_splice = links
                 .filter(|link| {
                     let name = link.as_ref().unwrap().file_name();
@@ -140,41 +148,22 @@ fn closed(flows: &mut FlowReader) -> Vec<FlowEvent> {
     events
 }
 
-fn count(kernel: &Kernel, reason: Reason) -> u64 {
-    let counts = kernel.reason_counts().unwrap();
-    counts.iter().find(|(other, _)| *other == reason).unwrap().1
-}
-
 /// A node with two workloads, a client's and a server's. Dropping it removes all of it.
 struct World {
-    bpffs: tempfile::TempDir,
-    cgroup: PathBuf,
-    ends: [String; 2],
+    ground: Ground,
+    ends: [Namespace; 2],
 }
 
 impl World {
     fn new(name: &str) -> Self {
         let name = format!("hds-{name}-{}", std::process::id());
-        let bpffs = tempfile::tempdir().unwrap();
-        mount(
-            Some("bpffs"),
-            bpffs.path(),
-            Some("bpf"),
-            MsFlags::empty(),
-            None::<&str>,
-        )
-        .expect("mounting a bpffs needs root");
-        let ends = ["c", "s"].map(|end| format!("{name}-{end}"));
-        let world = Self {
-            bpffs,
-            cgroup: cgroup2_root().join(&name),
-            ends,
-        };
-        let [client, server] = &world.ends;
-        for end in [client, server] {
-            fs::create_dir_all(world.cgroup.join(end)).unwrap();
-            ip(&["netns", "add", end]);
+        let ground = Ground::new(&name);
+        let ends = ["c", "s"].map(|end| Namespace::new(format!("{name}-{end}")));
+        for end in &ends {
+            fs::create_dir(ground.cgroup().join(&end.name)).unwrap();
         }
+        let world = Self { ground, ends };
+        let [client, server] = world.ends.each_ref().map(|end| end.name.as_str());
         ip(&[
             "link", "add", "e0", "netns", client, "type", "veth", "peer", "name", "e0", "netns",
             server,
@@ -191,8 +180,8 @@ impl World {
     /// An agent's start; its maps have room for so many spliced connections.
     fn start(&self, splices: u32, asking: [bool; 2]) -> (Kernel, FlowReader) {
         let config = KernelConfig {
-            pin_dir: self.bpffs.path().join("node"),
-            cgroup: self.cgroup.clone(),
+            pin_dir: self.ground.pin_dir(),
+            cgroup: self.ground.cgroup().to_owned(),
             sizes: MapSizes {
                 splices,
                 ..MapSizes::default()
@@ -210,14 +199,16 @@ impl World {
         for (index, end) in self.ends.iter().enumerate() {
             let id = index as u32 + 1;
             let address: Address = std::net::Ipv4Addr::new(10, 77, 1, id as u8).into();
-            let cgroup = fs::metadata(self.cgroup.join(end)).unwrap().ino();
+            let cgroup = fs::metadata(self.ground.cgroup().join(&end.name))
+                .unwrap()
+                .ino();
             let entry = CgroupEntry {
                 workload: id,
                 socket_class: SocketClass::App as u32,
             };
             tables.cgroups.set(cgroup, entry).unwrap();
             let entry = WorkloadEntry {
-                netns: cookie(end),
+                netns: end.netns.cookie().unwrap(),
                 source: [10 + id; 2],
                 policy_set: [20 + id; 2],
                 v4: address,
@@ -304,25 +295,13 @@ impl World {
                 "sh",
             ])
             .args(arguments)
-            .env("CGROUP", self.cgroup.join(&self.ends[end]))
-            .env("NAMESPACE", &self.ends[end])
+            .env("CGROUP", self.ground.cgroup().join(&self.ends[end].name))
+            .env("NAMESPACE", &self.ends[end].name)
             .env("PROGRAM", PROGRAM)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
         command
-    }
-}
-
-impl Drop for World {
-    fn drop(&mut self) {
-        for end in &self.ends {
-            drop(Command::new("ip").args(["netns", "delete", end]).status());
-            drop(fs::remove_dir(self.cgroup.join(end)));
-        }
-        drop(fs::remove_dir_all(self.bpffs.path().join("node")));
-        let _ = umount2(self.bpffs.path(), MntFlags::MNT_DETACH);
-        drop(fs::remove_dir(&self.cgroup));
     }
 }
 
@@ -362,31 +341,4 @@ impl Held {
         assert_eq!(self.hear(), "{\"ended\": true}");
         self.talk.0.wait().unwrap();
     }
-}
-
-/// The cookie of a network namespace, as its sockets know it.
-fn cookie(namespace: &str) -> u64 {
-    // SO_NETNS_COOKIE
-    let program = "import socket, struct; print(struct.unpack('Q', socket.socket().getsockopt(socket.SOL_SOCKET, 71, 8))[0])";
-    let output = Command::new("ip")
-        .args(["netns", "exec", namespace, "python3", "-c", program])
-        .output()
-        .unwrap();
-    String::from_utf8_lossy(&output.stdout)
-        .trim()
-        .parse()
-        .unwrap()
-}
-
-fn ip(arguments: &[&str]) {
-    let output = Command::new("ip").args(arguments).output().unwrap();
-    assert!(output.status.success(), "ip {arguments:?}: {output:?}");
-}
-
-fn cgroup2_root() -> PathBuf {
-    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
-    let line = mounts
-        .lines()
-        .find(|line| line.split(' ').nth(2) == Some("cgroup2"));
-    Path::new(line.expect("cgroup2 is mounted").split(' ').nth(1).unwrap()).to_owned()
 }

@@ -4,6 +4,10 @@
 
 #![allow(clippy::unwrap_used)] // A test ends at the first thing that fails.
 
+#[path = "../common/ground.rs"]
+mod ground;
+#[path = "../common/namespaces.rs"]
+mod namespaces;
 mod steering;
 mod world;
 
@@ -253,7 +257,7 @@ fn without_room_for_grants_nothing_goes_astray_and_all_heals() {
     let steered = listener.hand("steered");
     agent
         .kernel
-        .steer(OWN_ID, as_fd(&world.netns), as_fd(&steered))
+        .steer(OWN_ID, as_fd(&world.own.netns), as_fd(&steered))
         .unwrap();
     let mut app = world.run("app");
     app.ok("listen('server', '::', 9000)");

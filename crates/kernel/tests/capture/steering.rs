@@ -39,7 +39,7 @@ fn steer(world: &World, agent: &mut Agent, listener: &mut Program, name: &str) {
     let socket = listener.hand(name);
     let kernel = &mut agent.kernel;
     kernel
-        .steer(OWN_ID, world.netns.as_fd(), socket.as_fd())
+        .steer(OWN_ID, world.own.netns.as_fd(), socket.as_fd())
         .unwrap();
 }
 
@@ -182,7 +182,7 @@ fn what_does_not_listen_cannot_be_steered_to() {
     let socket = program.hand("in");
     let outcome = agent
         .kernel
-        .steer(OWN_ID, world.netns.as_fd(), socket.as_fd());
+        .steer(OWN_ID, world.own.netns.as_fd(), socket.as_fd());
     assert!(
         matches!(
             outcome,
@@ -200,7 +200,7 @@ fn what_does_not_listen_cannot_be_steered_to() {
     let socket = program.hand("in");
     let mut steer = |workload| {
         let kernel = &mut agent.kernel;
-        kernel.steer(workload, world.netns.as_fd(), socket.as_fd())
+        kernel.steer(workload, world.own.netns.as_fd(), socket.as_fd())
     };
     for workload in (1..=8).chain(1..=8) {
         steer(workload).unwrap();
@@ -303,7 +303,7 @@ fn a_namespace_that_is_gone_is_forgotten() {
     let mut listener = elsewhere.run("agent");
     listener.ok("listen('in', '::', 15006)");
     let socket = listener.hand("in");
-    let netns = elsewhere.netns.as_fd();
+    let netns = elsewhere.own.netns.as_fd();
     agent.kernel.steer(OWN_ID, netns, socket.as_fd()).unwrap();
     agent.kernel.attach().unwrap();
     let mut outside = elsewhere.run_outside();

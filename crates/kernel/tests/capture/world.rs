@@ -9,7 +9,6 @@ use std::{
         fd::{AsFd, OwnedFd},
         unix::fs::MetadataExt,
     },
-    path::{Path, PathBuf},
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
     time::{Duration, Instant},
 };
@@ -19,8 +18,12 @@ use kernel::{
     Grant, Kernel, KernelConfig, MapSizes, Reason, ServiceEntry, ServiceKey, SlotEntry, SlotKey,
     SocketClass, VerdictEntry, VerdictKey, WorkloadEntry, ports,
 };
-use linux::{netns::Netns, place::Placement, seqpacket};
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use linux::{place::Placement, seqpacket};
+
+use crate::{
+    ground::{Ground, count},
+    namespaces::{Namespace, ip},
+};
 
 const PROGRAMS: &str = include_str!("programs.py");
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -44,38 +47,37 @@ pub(crate) const REMOTE_SET: u32 = 29;
 
 /// Dropping it removes all of it.
 pub(crate) struct World {
-    name: String,
-    bpffs: tempfile::TempDir,
-    cgroup: PathBuf,
-    pub(crate) netns: Netns,
-    outside: Netns,
+    ground: Ground,
+    pub(crate) own: Namespace,
+    outside: Namespace,
 }
 
 impl World {
     pub(crate) fn new(name: &str) -> Self {
         let name = format!("hdc-{name}-{}", std::process::id());
-        let bpffs = tempfile::tempdir().unwrap();
-        mount(
-            Some("bpffs"),
-            bpffs.path(),
-            Some("bpf"),
-            MsFlags::empty(),
-            None::<&str>,
-        )
-        .expect("mounting a bpffs needs root");
-        let cgroup = cgroup2_root().join(&name);
+        let ground = Ground::new(&name);
         for class in ["app", "l7", "agent"] {
-            fs::create_dir_all(cgroup.join(class)).unwrap();
+            fs::create_dir(ground.cgroup().join(class)).unwrap();
         }
-        let (own, outside) = (format!("{name}-w"), format!("{name}-o"));
-        for namespace in [&own, &outside] {
-            ip(&["netns", "add", namespace]);
-        }
+        let [own, outside] = ["w", "o"].map(|end| Namespace::new(format!("{name}-{end}")));
         ip(&[
-            "link", "add", "e0", "netns", &own, "type", "veth", "peer", "name", "e0", "netns",
-            &outside,
+            "link",
+            "add",
+            "e0",
+            "netns",
+            &own.name,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "e0",
+            "netns",
+            &outside.name,
         ]);
-        for (namespace, addresses) in [(&own, vec![OWN]), (&outside, vec![OUTSIDE, REMOTE])] {
+        for (namespace, addresses) in [
+            (&own.name, vec![OWN]),
+            (&outside.name, vec![OUTSIDE, REMOTE]),
+        ] {
             for [v4, v6] in addresses {
                 let (v4, v6) = (format!("{v4}/24"), format!("{v6}/64"));
                 ip(&["-n", namespace, "address", "add", &v4, "dev", "e0"]);
@@ -90,26 +92,20 @@ impl World {
                 ]);
             }
         }
-        let [netns, outside] = [own, outside].map(|name| {
-            let path = format!("/run/netns/{name}");
-            Netns::open(path).unwrap()
-        });
         Self {
-            name,
-            bpffs,
-            cgroup,
-            netns,
+            ground,
+            own,
             outside,
         }
     }
 
     /// The routes and the setting that a delivery needs (`kernel::DELIVERY_MARK`).
     pub(crate) fn route_deliveries(&self) {
-        let namespace = format!("{}-w", self.name);
+        let namespace = self.own.name.as_str();
         for version in ["-4", "-6"] {
             ip(&[
                 "-n",
-                &namespace,
+                namespace,
                 version,
                 "rule",
                 "add",
@@ -119,8 +115,8 @@ impl World {
                 "100",
             ]);
             ip(&[
-                "-n", &namespace, version, "route", "add", "local", "default", "dev", "lo",
-                "table", "100",
+                "-n", namespace, version, "route", "add", "local", "default", "dev", "lo", "table",
+                "100",
             ]);
         }
         let set = || {
@@ -132,13 +128,13 @@ impl World {
                 fs::write(format!("/proc/sys/net/{name}"), "1").unwrap();
             }
         };
-        self.netns.run(set).unwrap();
+        self.own.netns.run(set).unwrap();
     }
 
     pub(crate) fn config(&self) -> KernelConfig {
         KernelConfig {
-            pin_dir: self.bpffs.path().join("node"),
-            cgroup: self.cgroup.clone(),
+            pin_dir: self.ground.pin_dir(),
+            cgroup: self.ground.cgroup().to_owned(),
             sizes: MapSizes {
                 workloads: 8,
                 ..MapSizes::default()
@@ -171,7 +167,9 @@ impl World {
             ("l7", OWN_ID, SocketClass::L7),
             ("agent", 0, SocketClass::Agent),
         ] {
-            let cgroup = fs::metadata(self.cgroup.join(class)).unwrap().ino();
+            let cgroup = fs::metadata(self.ground.cgroup().join(class))
+                .unwrap()
+                .ino();
             let entry = CgroupEntry {
                 workload,
                 socket_class: socket_class as u32,
@@ -179,7 +177,7 @@ impl World {
             tables.cgroups.set(cgroup, entry).unwrap();
         }
         let entry = WorkloadEntry {
-            netns: self.netns.cookie().unwrap(),
+            netns: self.own.netns.cookie().unwrap(),
             source: [SOURCE; 2],
             policy_set: [OWN_SET; 2],
             v4: address(OWN[0]),
@@ -243,28 +241,15 @@ impl World {
 
     /// A program in the workload's namespace: `app`, `l7` or `agent`.
     pub(crate) fn run(&self, class: &str) -> Program {
-        let place = Placement::new().cgroup(&self.cgroup.join(class)).unwrap();
-        Program::start(place.netns(&self.netns))
+        let place = Placement::new()
+            .cgroup(&self.ground.cgroup().join(class))
+            .unwrap();
+        Program::start(place.netns(&self.own.netns))
     }
 
     /// A program outside of the node.
     pub(crate) fn run_outside(&self) -> Program {
-        Program::start(Placement::new().netns(&self.outside))
-    }
-}
-
-impl Drop for World {
-    fn drop(&mut self) {
-        for end in ["w", "o"] {
-            let name = format!("{}-{end}", self.name);
-            drop(Command::new("ip").args(["netns", "delete", &name]).output());
-        }
-        for class in ["app", "l7", "agent"] {
-            drop(fs::remove_dir(self.cgroup.join(class)));
-        }
-        drop(fs::remove_dir_all(self.bpffs.path().join("node")));
-        let _ = umount2(self.bpffs.path(), MntFlags::MNT_DETACH);
-        drop(fs::remove_dir(&self.cgroup));
+        Program::start(Placement::new().netns(&self.outside.netns))
     }
 }
 
@@ -305,8 +290,7 @@ impl Agent {
     }
 
     pub(crate) fn count(&self, reason: Reason) -> u64 {
-        let counts = self.kernel.reason_counts().unwrap();
-        counts.iter().find(|(other, _)| *other == reason).unwrap().1
+        count(&self.kernel, reason)
     }
 
     pub(crate) fn handshakes(&self) -> usize {
@@ -411,17 +395,4 @@ pub(crate) fn other_version() -> Vec<u8> {
     clang.args(["-c", "bpf/heddle.bpf.c", "-o"]).arg(&object);
     assert!(clang.status().unwrap().success());
     fs::read(object).unwrap()
-}
-
-fn ip(arguments: &[&str]) {
-    let output = Command::new("ip").args(arguments).output().unwrap();
-    assert!(output.status.success(), "ip {arguments:?}: {output:?}");
-}
-
-fn cgroup2_root() -> PathBuf {
-    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
-    let line = mounts
-        .lines()
-        .find(|line| line.split(' ').nth(2) == Some("cgroup2"));
-    Path::new(line.expect("cgroup2 is mounted").split(' ').nth(1).unwrap()).to_owned()
 }

@@ -4,6 +4,10 @@
 
 #![allow(clippy::unwrap_used)] // A test ends at the first thing that fails.
 
+#[path = "../common/ground.rs"]
+mod ground;
+#[path = "../common/namespaces.rs"]
+mod namespaces;
 mod refusals;
 mod world;
 

@@ -5,7 +5,10 @@ use std::time::{Duration, Instant};
 
 use kernel::{Kernel, KernelConfig, KernelError, Reason};
 
-use crate::world::{Talk, Versions, World, nothing_refused};
+use crate::{
+    ground,
+    world::{Talk, Versions, World, nothing_refused},
+};
 
 const HANDSHAKES: u32 = 4;
 const BEGUN: u32 = 12;
@@ -50,8 +53,7 @@ impl Full {
     }
 
     fn count(&self, reason: Reason) -> u64 {
-        let counts = self.kernel.reason_counts().unwrap();
-        counts.iter().find(|(other, _)| *other == reason).unwrap().1
+        ground::count(&self.kernel, reason)
     }
 }
 

@@ -5,7 +5,6 @@ use std::{
     fs,
     io::{BufRead, BufReader, Write},
     os::unix::fs::MetadataExt,
-    path::{Path, PathBuf},
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
 };
 
@@ -14,8 +13,11 @@ use kernel::{
     ServiceEntry, ServiceKey, SlotEntry, SlotKey, SocketClass, Tables, VerdictEntry, VerdictKey,
     WorkloadEntry,
 };
-use linux::netns::Netns;
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+use crate::{
+    ground::Ground,
+    namespaces::{Namespace, ip},
+};
 
 const PROGRAMS: &str = include_str!("programs.py");
 const TCP: u8 = 6;
@@ -72,35 +74,27 @@ impl Versions {
 
 /// A node with two workloads. Dropping it removes all of it.
 pub(crate) struct World {
-    name: String,
-    bpffs: tempfile::TempDir,
-    cgroup: PathBuf,
-    namespaces: [Netns; 2],
+    ground: Ground,
+    /// The client's and the server's.
+    namespaces: [Namespace; 2],
 }
 
 impl World {
     pub(crate) fn new(name: &str) -> Self {
         let name = format!("hdl-{name}-{}", std::process::id());
-        let bpffs = tempfile::tempdir().unwrap();
-        mount(
-            Some("bpffs"),
-            bpffs.path(),
-            Some("bpf"),
-            MsFlags::empty(),
-            None::<&str>,
-        )
-        .expect("mounting a bpffs needs root");
-        let cgroup = cgroup2_root().join(&name);
-        let [client, server] = [format!("{name}-c"), format!("{name}-s")];
-        for child in [&client, &server] {
-            fs::create_dir_all(cgroup.join(child)).unwrap();
-            ip(&["netns", "add", child]);
+        let ground = Ground::new(&name);
+        let namespaces = ["c", "s"].map(|suffix| Namespace::new(format!("{name}-{suffix}")));
+        for namespace in &namespaces {
+            fs::create_dir(ground.cgroup().join(&namespace.name)).unwrap();
         }
+        let [client, server] = namespaces
+            .each_ref()
+            .map(|namespace| namespace.name.as_str());
         ip(&[
-            "link", "add", "e0", "netns", &client, "type", "veth", "peer", "name", "e0", "netns",
-            &server,
+            "link", "add", "e0", "netns", client, "type", "veth", "peer", "name", "e0", "netns",
+            server,
         ]);
-        for (namespace, address) in [(&client, "10.77.0.1/24"), (&server, "10.77.0.2/24")] {
+        for (namespace, address) in [(client, "10.77.0.1/24"), (server, "10.77.0.2/24")] {
             ip(&["-n", namespace, "address", "add", address, "dev", "e0"]);
             for device in ["lo", "e0"] {
                 ip(&["-n", namespace, "link", "set", device, "up"]);
@@ -108,20 +102,13 @@ impl World {
             // Addresses of services are led elsewhere in connect(); it only asks that there is a route.
             ip(&["-n", namespace, "route", "add", "default", "dev", "e0"]);
         }
-        let namespaces =
-            [&client, &server].map(|name| Netns::open(format!("/run/netns/{name}")).unwrap());
-        Self {
-            name,
-            bpffs,
-            cgroup,
-            namespaces,
-        }
+        Self { ground, namespaces }
     }
 
     pub(crate) fn config(&self) -> KernelConfig {
         KernelConfig {
-            pin_dir: self.bpffs.path().join("node"),
-            cgroup: self.cgroup.clone(),
+            pin_dir: self.ground.pin_dir(),
+            cgroup: self.ground.cgroup().to_owned(),
             sizes: MapSizes {
                 workloads: 8,
                 verdicts: 64,
@@ -140,7 +127,7 @@ impl World {
 
     /// Names of the pins of complete maps, as NAME and number.
     pub(crate) fn pins(&self) -> Vec<(String, u32)> {
-        let entries = fs::read_dir(self.bpffs.path().join("node/maps")).unwrap();
+        let entries = fs::read_dir(self.ground.pin_dir().join("maps")).unwrap();
         let mut pins: Vec<_> = entries
             .map(|entry| {
                 let name = entry.unwrap().file_name().into_string().unwrap();
@@ -154,12 +141,9 @@ impl World {
 
     /// Writes what the two workloads need, as an agent would.
     pub(crate) fn fill(&self, tables: &mut Tables) {
-        let ends = [
-            ("c", CLIENT_ID, CLIENT, 0usize, 10u32),
-            ("s", SERVER_ID, SERVER, 1, 11),
-        ];
-        for (suffix, id, address, index, source) in ends {
-            let path = self.cgroup.join(format!("{}-{suffix}", self.name));
+        let ends = [(CLIENT_ID, CLIENT, 10u32), (SERVER_ID, SERVER, 11)];
+        for (namespace, (id, address, source)) in self.namespaces.iter().zip(ends) {
+            let path = self.ground.cgroup().join(&namespace.name);
             let entry = CgroupEntry {
                 workload: id,
                 socket_class: SocketClass::App as u32,
@@ -167,7 +151,7 @@ impl World {
             let cgroup = fs::metadata(path).unwrap().ino();
             tables.cgroups.set(cgroup, entry).unwrap();
             let entry = WorkloadEntry {
-                netns: self.namespaces[index].cookie().unwrap(),
+                netns: namespace.netns.cookie().unwrap(),
                 source: [source; 2],
                 policy_set: [20 + id; 2],
                 v4: v4(address),
@@ -233,21 +217,21 @@ impl World {
 
     /// A server that echoes.
     pub(crate) fn serve(&self) -> Talk {
-        self.run("s", &["serve", "10.77.0.2", "8000"])
+        self.run(&self.namespaces[1], &["serve", "10.77.0.2", "8000"])
     }
 
     /// A server that accepts nothing until it is sent a line.
     pub(crate) fn stall(&self) -> Talk {
-        self.run("s", &["stall", "10.77.0.2", "8000"])
+        self.run(&self.namespaces[1], &["stall", "10.77.0.2", "8000"])
     }
 
     /// A client that asks for the service's address.
     pub(crate) fn client(&self) -> Talk {
-        self.run("c", &["connect", "10.96.0.1", "80"])
+        self.run(&self.namespaces[0], &["connect", "10.96.0.1", "80"])
     }
 
-    fn run(&self, suffix: &str, arguments: &[&str]) -> Talk {
-        let name = format!("{}-{suffix}", self.name);
+    fn run(&self, namespace: &Namespace, arguments: &[&str]) -> Talk {
+        let name = &namespace.name;
         // `ip netns exec` hides cgroups: first the one, then the other.
         let child = Command::new("/bin/sh")
             .args([
@@ -256,8 +240,8 @@ impl World {
                 "sh",
             ])
             .args(arguments)
-            .env("CGROUP", self.cgroup.join(&name))
-            .env("NAMESPACE", &name)
+            .env("CGROUP", self.ground.cgroup().join(name))
+            .env("NAMESPACE", name)
             .env("PROGRAMS", PROGRAMS)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -266,19 +250,6 @@ impl World {
         let mut talk = Talk::with(child);
         assert_eq!(talk.hear(), "ready");
         talk
-    }
-}
-
-impl Drop for World {
-    fn drop(&mut self) {
-        for suffix in ["c", "s"] {
-            let name = format!("{}-{suffix}", self.name);
-            drop(Command::new("ip").args(["netns", "delete", &name]).status());
-            drop(fs::remove_dir(self.cgroup.join(&name)));
-        }
-        drop(fs::remove_dir_all(self.bpffs.path().join("node")));
-        let _ = umount2(self.bpffs.path(), MntFlags::MNT_DETACH);
-        drop(fs::remove_dir(&self.cgroup));
     }
 }
 
@@ -345,17 +316,4 @@ pub(crate) fn nothing_refused(kernel: &Kernel) {
 
 fn v4(address: [u8; 4]) -> kernel::Address {
     std::net::Ipv4Addr::from(address).into()
-}
-
-fn ip(arguments: &[&str]) {
-    let output = Command::new("ip").args(arguments).output().unwrap();
-    assert!(output.status.success(), "ip {arguments:?}: {output:?}");
-}
-
-fn cgroup2_root() -> PathBuf {
-    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
-    let line = mounts
-        .lines()
-        .find(|line| line.split(' ').nth(2) == Some("cgroup2"));
-    Path::new(line.expect("cgroup2 is mounted").split(' ').nth(1).unwrap()).to_owned()
 }
