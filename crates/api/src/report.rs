@@ -151,8 +151,8 @@ pub struct NodeStatus {
 pub struct Certificate {
     /// SPIFFE id.
     pub identity: String,
-    /// `valid`; `stale` if its renewal fails; `pending` while there is none; `refused` if the authority says no.
-    pub state: String,
+    /// How it stands.
+    pub state: CertificateState,
     /// Serial number in hexadecimal; empty while there is no certificate.
     pub serial: String,
     /// Seconds since 1970.
@@ -165,6 +165,33 @@ pub struct Certificate {
     pub last_error: Option<String>,
     /// The workloads that have the identity.
     pub users: Vec<String>,
+}
+
+/// How a certificate stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CertificateState {
+    /// Valid; renewed when it is due.
+    Valid,
+    /// Valid, but its renewal fails.
+    Stale,
+    /// There is none yet, or it has expired; it is being asked for.
+    Pending,
+    /// There is none, and the authority says no.
+    Refused,
+}
+
+impl CertificateState {
+    /// One word.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Valid => "valid",
+            Self::Stale => "stale",
+            Self::Pending => "pending",
+            Self::Refused => "refused",
+        }
+    }
 }
 
 /// One attached kernel program.

@@ -33,12 +33,12 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use api::report::Certificate;
 use futures::future::BoxFuture;
 use linux::netns::Netns;
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
-pub use self::status::{CertificateState, CertificateStatus};
 use self::{client::Failure, renewal::Health, state::State};
 use crate::{
     IdentitySource, JwtError, SpiffeId, Svid, TrustBundle, certificate,
@@ -251,25 +251,26 @@ impl Keeper {
 
     /// Every identity, the node's first, then by name.
     #[must_use]
-    pub fn status(&self) -> Vec<CertificateStatus> {
+    pub fn status(&self) -> Vec<Certificate> {
         let now = SystemTime::now();
         let entries = self.shared.entries();
-        let mut all: Vec<CertificateStatus> = entries
-            .iter()
-            .map(|(id, entry)| {
-                let svid = entry.svid.borrow().clone();
-                CertificateStatus::new(id, svid.as_deref(), &lock(&entry.health), now)
-                    .used_by(&entry.users)
-            })
-            .collect();
+        let told = entries.iter().map(|(id, entry)| {
+            let svid = entry.svid.borrow().clone();
+            status::certificate(id, svid.as_deref(), &lock(&entry.health), &entry.users, now)
+        });
+        let mut all: Vec<Certificate> = told.collect();
         drop(entries);
         all.sort_by(|one, other| one.identity.cmp(&other.identity));
         let svid = self.shared.node.borrow().clone();
         let health = lock(&self.shared.node_health);
-        all.insert(
-            0,
-            CertificateStatus::new(&self.shared.id, svid.as_deref(), &health, now),
+        let of_node = status::certificate(
+            &self.shared.id,
+            svid.as_deref(),
+            &health,
+            &BTreeSet::new(),
+            now,
         );
+        all.insert(0, of_node);
         all
     }
 }

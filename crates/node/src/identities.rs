@@ -17,13 +17,12 @@ use std::{
 use api::{
     enroll::{EnrolledWorkload, FromAgent},
     node_config::NodeConfig,
-    report::Certificate,
+    report::{Certificate, CertificateState},
 };
 use futures::FutureExt as _;
 use identity::{
     Keeper, KeeperConfig, SpiffeId,
     attest::{Caller, KernelAttestor, Workloads},
-    keeper::CertificateState,
     socket::{self, Hooks, Limits, Refusal},
 };
 use linux::seqpacket::Stream;
@@ -199,23 +198,7 @@ impl Identities {
 
     /// For `heddle certs`.
     pub(crate) fn certificates(&self) -> Vec<Certificate> {
-        let told = self.keeper.status().into_iter().map(|status| Certificate {
-            identity: status.identity,
-            state: match status.state {
-                CertificateState::Valid => "valid",
-                CertificateState::Stale => "stale",
-                CertificateState::Pending => "pending",
-                CertificateState::Refused => "refused",
-            }
-            .into(),
-            serial: status.serial,
-            not_before: status.not_before,
-            not_after: status.not_after,
-            issued: status.issued,
-            last_error: status.last_error,
-            users: status.users,
-        });
-        told.collect()
+        self.keeper.status()
     }
 
     /// What is wrong with certificates, for `heddle status`. That there is none yet is not.

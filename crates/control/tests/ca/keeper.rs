@@ -9,10 +9,9 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use api::report::CertificateState;
 use identity::{
-    IdentitySource as _, JwtError, Keeper, SpiffeId,
-    certificate::verify,
-    keeper::{CertificateState, KeeperError},
+    IdentitySource as _, JwtError, Keeper, SpiffeId, certificate::verify, keeper::KeeperError,
 };
 use rustls::{
     ClientConfig, RootCertStore, ServerConfig, crypto::aws_lc_rs, server::WebPkiClientVerifier,

@@ -70,7 +70,7 @@ fn print(lines: &[Line<'_>]) {
         table.add_row([
             *node,
             certificate.identity.trim_start_matches("spiffe://"),
-            &certificate.state,
+            certificate.state.name(),
             &expires,
             &certificate.serial,
             &certificate.users.join(" "),
