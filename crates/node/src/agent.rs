@@ -515,6 +515,9 @@ impl Agent {
 
     /// Tells the micro proxy which policies protect this node's workloads.
     fn protect(&mut self, changes: &Changes) -> Result<(), NodeError> {
+        if !changes.policies && changes.workloads.is_empty() {
+            return Ok(());
+        }
         let locals: Vec<String> = self
             .dataplane
             .locals()
@@ -534,10 +537,7 @@ impl Agent {
                 continue;
             }
             let policies = self.state.policies_of(workload);
-            let policies = policies
-                .into_iter()
-                .map(|(name, policy)| (name.clone(), Arc::clone(policy)));
-            self.micro_proxy.set_policies(&uid, policies.collect())?;
+            self.micro_proxy.set_policies(&uid, policies)?;
         }
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! `heddle explain`: what the kernel would do with a connection, from the same tables that it reads.
 
-use std::{net::IpAddr, sync::Arc};
+use std::net::IpAddr;
 
 use api::{
     node_config::NodeConfig,
@@ -11,7 +11,7 @@ use kernel::{Action, Reason, SocketClass, VerdictEntry, VerdictKey, WorkloadEntr
 
 use crate::{
     dataplane::{DataPlane, SharedEndpoint, endpoints},
-    policy::{self, Client, Identity, Server},
+    policy::{self, Client, Server},
     state::{MeshState, Workload},
 };
 
@@ -224,7 +224,7 @@ fn judge_all(
             policies: state
                 .policies_of(workload)
                 .into_iter()
-                .map(|(name, _)| name.clone())
+                .map(|(name, _)| name)
                 .collect(),
             spliced: allowed
                 && protocol == Protocol::Tcp
@@ -296,19 +296,11 @@ fn judge_remote(
     destination: &Workload,
     endpoint: &SharedEndpoint,
 ) -> (bool, Reason, Option<String>) {
-    let policies: Vec<_> = state
-        .policies_of(destination)
-        .into_iter()
-        .map(|(name, policy)| (name.clone(), Arc::clone(policy)))
-        .collect();
+    let policies = state.policies_of(destination);
     let family = endpoint.address.is_ipv6();
     let mut addresses = source.addresses.iter().copied();
     let client = Client {
-        identity: Some(Identity {
-            trust_domain: source.trust_domain().to_owned(),
-            namespace: source.message.namespace.clone(),
-            service_account: source.service_account().to_owned(),
-        }),
+        identity: Some(source.identity()),
         address: addresses.find(|address| address.is_ipv6() == family),
     };
     let server = Server {

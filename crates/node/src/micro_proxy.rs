@@ -65,6 +65,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// The node's micro proxies.
 pub(crate) struct MicroProxy {
     context: Arc<Context>,
+    /// By worker.
+    servers: Vec<Server<Inbound>>,
     serving: HashMap<String, Serving>,
     /// What an earlier agent stored, by the suffix that names the workload's instance.
     stored: HashMap<String, HashMap<String, OwnedFd>>,
@@ -86,8 +88,6 @@ pub(crate) struct Context {
     workers: Workers,
     /// By worker.
     pools: Vec<Pool>,
-    /// By worker; set once they can refer to all this.
-    servers: std::sync::OnceLock<Vec<Server<Inbound>>>,
     locals: ArcSwap<HashMap<IpAddr, Arc<LocalWorkload>>>,
     view: Arc<KernelView>,
     names: Arc<NameBook>,
@@ -108,7 +108,6 @@ impl MicroProxy {
         let pools = (0..workers.count()).map(|_| Pool::new(ClientLimits::default()));
         let context = Arc::new(Context {
             pools: pools.collect(),
-            servers: std::sync::OnceLock::new(),
             locals: ArcSwap::default(),
             view,
             names,
@@ -124,9 +123,8 @@ impl MicroProxy {
             };
             Server::new(handler, ServerLimits::default())
         });
-        // It was not set before.
-        let _ = context.servers.set(servers.collect());
         Ok(Self {
+            servers: servers.collect(),
             context,
             serving: HashMap::new(),
             stored: HashMap::new(),
@@ -160,7 +158,9 @@ impl MicroProxy {
         {
             return Ok(());
         }
-        self.stop(&workload.uid, starter).await?;
+        if let Some(goodbye) = self.stop(&workload.uid, starter).await? {
+            tokio::spawn(goodbye.said());
+        }
         let suffix = format!("{}@{}", workload.uid, workload.instance);
         let doing = |what: &str| NodeError::io(format!("{what} of {}", workload.uid));
         let sockets = self.sockets(workload, netns, &suffix)?;
@@ -219,9 +219,9 @@ impl MicroProxy {
         for port in Port::ALL {
             let listeners = serving.sockets.listeners(port);
             let listeners = listeners.map_err(NodeError::io(format!("share sockets of {uid}")))?;
-            for (worker, listener) in listeners.into_iter().enumerate() {
-                self.context
-                    .accept_on(worker, port, listener, &serving.workload, &self.accepting);
+            for (index, listener) in listeners.into_iter().enumerate() {
+                let server = &self.servers[index % self.servers.len()];
+                accept_on(server, port, listener, &serving.workload, &self.accepting);
             }
         }
         Ok(())
@@ -330,6 +330,7 @@ impl MicroProxy {
 }
 
 /// What is left of a workload that is gone.
+#[must_use = "it goes on until it has said goodbye"]
 pub(crate) struct Goodbye(Arc<LocalWorkload>);
 
 impl Goodbye {
@@ -348,10 +349,7 @@ impl Goodbye {
 impl Context {
     /// The workload that has this address.
     fn local_at(&self, address: SocketAddr) -> Option<Arc<LocalWorkload>> {
-        self.locals
-            .load()
-            .get(&address.ip().to_canonical())
-            .cloned()
+        self.locals.load().get(&address.ip()).cloned()
     }
 
     /// Whose address it is; no names outside the mesh.
@@ -361,59 +359,69 @@ impl Context {
             .and_then(|entry| self.names.workload(entry.workload))
             .unwrap_or_default()
     }
+}
 
-    fn server(&self, worker: usize) -> Option<Server<Inbound>> {
-        self.servers.get()?.get(worker).cloned()
-    }
-
-    fn accept_on(
-        self: &Arc<Self>,
-        worker: usize,
-        port: Port,
-        listener: std::net::TcpListener,
-        workload: &Arc<LocalWorkload>,
-        accepting: &CancellationToken,
-    ) {
-        let (context, workload) = (Arc::clone(self), Arc::clone(workload));
-        let accepting = accepting.clone();
-        let worker = worker % self.workers.count();
-        self.workers.spawn(worker, async move {
-            let listener = match TcpListener::from_std(listener) {
-                Ok(listener) => listener,
-                Err(error) => {
-                    tracing::error!(workload = workload.uid, %error, "a socket cannot be waited for");
-                    return;
-                }
-            };
-            let own = Arc::clone(&workload);
-            let serve = async {
-                match port {
-                    Port::Hbone => {
-                        each(&own, &listener, &accepting, |tcp, peer| {
-                            inbound::carry(Arc::clone(&context), Arc::clone(&own), worker, tcp, peer)
-                        })
-                        .await;
-                    }
-                    Port::Outbound => {
-                        each(&own, &listener, &accepting, |tcp, peer| {
-                            outbound::carry(Arc::clone(&context), Arc::clone(&own), worker, tcp, peer)
-                        })
-                        .await;
-                    }
-                    Port::Inbound => {
-                        each(&own, &listener, &accepting, |tcp, peer| {
-                            plain::carry(Arc::clone(&context), Arc::clone(&own), worker, tcp, peer)
-                        })
-                        .await;
-                    }
-                }
-            };
-            tokio::select! {
-                () = serve => {}
-                () = workload.stop.cancelled() => {}
+/// Takes what comes to one of a workload's sockets on the server's worker, until nothing is accepted any more.
+fn accept_on(
+    server: &Server<Inbound>,
+    port: Port,
+    listener: std::net::TcpListener,
+    workload: &Arc<LocalWorkload>,
+    accepting: &CancellationToken,
+) {
+    let (server, workload) = (server.clone(), Arc::clone(workload));
+    let accepting = accepting.clone();
+    let Inbound { context, worker } = server.handler();
+    let (context, worker) = (Arc::clone(context), *worker);
+    let workers = Arc::clone(&context);
+    workers.workers.spawn(worker, async move {
+        let listener = match TcpListener::from_std(listener) {
+            Ok(listener) => listener,
+            Err(error) => {
+                tracing::error!(workload = workload.uid, %error, "a socket cannot be waited for");
+                return;
             }
-        });
-    }
+        };
+        let stop = workload.stop.clone();
+        let serve = async {
+            match port {
+                Port::Hbone => {
+                    each(&workload, &listener, &accepting, |tcp, peer| {
+                        inbound::carry(server.clone(), Arc::clone(&workload), tcp, peer)
+                    })
+                    .await;
+                }
+                Port::Outbound => {
+                    each(&workload, &listener, &accepting, |tcp, peer| {
+                        outbound::carry(
+                            Arc::clone(&context),
+                            Arc::clone(&workload),
+                            worker,
+                            tcp,
+                            peer,
+                        )
+                    })
+                    .await;
+                }
+                Port::Inbound => {
+                    each(&workload, &listener, &accepting, |tcp, peer| {
+                        plain::carry(
+                            Arc::clone(&context),
+                            Arc::clone(&workload),
+                            worker,
+                            tcp,
+                            peer,
+                        )
+                    })
+                    .await;
+                }
+            }
+        };
+        tokio::select! {
+            () = serve => {}
+            () = stop.cancelled() => {}
+        }
+    });
 }
 
 /// Carries every connection that comes to a workload's socket, until nothing is accepted any more; what is carried ends
@@ -449,11 +457,7 @@ async fn accept(
             accepted = listener.accept() => accepted,
         };
         match accepted {
-            Ok((tcp, peer)) => {
-                // Of IPv4 as such: the listeners take both.
-                let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
-                return Some((tcp, peer));
-            }
+            Ok((tcp, peer)) => return Some((tcp, canonical(peer))),
             // The client did not wait.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
             Err(error) => {
@@ -462,6 +466,11 @@ async fn accept(
             }
         }
     }
+}
+
+/// Of IPv4 as such: the listeners take both.
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
 /// Lets the socket's close send a reset.

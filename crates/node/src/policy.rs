@@ -56,10 +56,11 @@ pub(crate) struct Judgement {
     pub(crate) policy: Option<String>,
 }
 
-type Policies<'a> = &'a [(String, Arc<Authorization>)];
+/// Policies that apply to a server, sorted by name.
+pub(crate) type Policies = [(String, Arc<Authorization>)];
 
 /// Judges by all policies that apply to the server, sorted by name.
-pub(crate) fn judge(policies: Policies<'_>, client: &Client, server: Server) -> Judgement {
+pub(crate) fn judge(policies: &Policies, client: &Client, server: Server) -> Judgement {
     let by = |action| {
         policies
             .iter()
@@ -100,7 +101,7 @@ pub(crate) fn judge(policies: Policies<'_>, client: &Client, server: Server) -> 
 }
 
 /// Ports that any of the policies names: each needs a verdict of its own.
-pub(crate) fn named_ports(policies: Policies<'_>) -> Vec<u16> {
+pub(crate) fn named_ports(policies: &Policies) -> Vec<u16> {
     let mut ports: Vec<u16> = policies
         .iter()
         .flat_map(|(_, policy)| all_matches(policy))
@@ -128,7 +129,7 @@ pub(crate) fn named_sources<'a>(
 }
 
 /// Whether any of the policies looks at the server's address.
-pub(crate) fn looks_at_destination(policies: Policies<'_>) -> bool {
+pub(crate) fn looks_at_destination(policies: &Policies) -> bool {
     policies
         .iter()
         .flat_map(|(_, policy)| all_matches(policy))

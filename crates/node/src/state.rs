@@ -19,6 +19,8 @@ use xds::{
     },
 };
 
+use crate::policy::Identity;
+
 /// All workloads, services and policies known.
 #[derive(Debug, Default)]
 pub(crate) struct MeshState {
@@ -75,6 +77,15 @@ impl Workload {
         match self.message.trust_domain.as_str() {
             "" => "cluster.local",
             domain => domain,
+        }
+    }
+
+    /// As policies see it.
+    pub(crate) fn identity(&self) -> Identity {
+        Identity {
+            trust_domain: self.trust_domain().to_owned(),
+            namespace: self.message.namespace.clone(),
+            service_account: self.service_account().to_owned(),
         }
     }
 
@@ -213,7 +224,7 @@ impl MeshState {
     pub(crate) fn policies_of(
         &self,
         workload: &Workload,
-    ) -> Vec<(&String, &Arc<security::Authorization>)> {
+    ) -> Vec<(String, Arc<security::Authorization>)> {
         let message = &workload.message;
         let scoped = ["", message.namespace.as_str()]
             .into_iter()
@@ -229,6 +240,7 @@ impl MeshState {
             .into_iter()
             .filter_map(|name| self.policies.get_key_value(name))
             .filter(|(_, policy)| !policy.dry_run)
+            .map(|(name, policy)| (name.clone(), Arc::clone(policy)))
             .collect()
     }
 

@@ -307,12 +307,8 @@ impl<'a> Compiler<'a> {
     }
 
     fn entry(&mut self, local: &Local, workload: &Workload) -> Result<WorkloadEntry, ApplyError> {
-        let identity = Identity {
-            trust_domain: workload.trust_domain().to_owned(),
-            namespace: workload.message.namespace.clone(),
-            service_account: workload.service_account().to_owned(),
-        };
-        let policies = owned(self.state.policies_of(workload));
+        let identity = workload.identity();
+        let policies = self.state.policies_of(workload);
         let content = content_name(self.state, &policies);
         let mut entry = WorkloadEntry {
             netns: local.netns,
@@ -469,7 +465,7 @@ struct Content {
 
 impl Content {
     fn of(state: &MeshState, workload: &Workload) -> Self {
-        let policies = owned(state.policies_of(workload));
+        let policies = state.policies_of(workload);
         Self {
             name: content_name(state, &policies),
             looks_at_destination: policy::looks_at_destination(&policies),
@@ -478,13 +474,6 @@ impl Content {
             policies,
         }
     }
-}
-
-fn owned(policies: Vec<(&String, &Arc<Authorization>)>) -> Vec<(String, Arc<Authorization>)> {
-    policies
-        .into_iter()
-        .map(|(name, policy)| (name.clone(), Arc::clone(policy)))
-        .collect()
 }
 
 /// A name that two lists of policies share only if they say the same.

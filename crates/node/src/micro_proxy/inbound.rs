@@ -6,7 +6,9 @@ use api::report::FlowReporter;
 use http::StatusCode;
 use identity::SpiffeId;
 use tokio::net::TcpStream;
-use tunnel::{Accepted, Authority, ConnectRequest, Handler, Outcome, Peer, Refusal, Session};
+use tunnel::{
+    Accepted, Authority, ConnectRequest, Handler, Outcome, Peer, Refusal, Server, Session,
+};
 
 use super::{
     Context, delivery,
@@ -155,19 +157,16 @@ impl Session for InboundSession {
 
 /// Serves a tunnel to a workload until it ends.
 pub(crate) async fn carry(
-    context: Arc<Context>,
+    server: Server<Inbound>,
     workload: Arc<LocalWorkload>,
-    worker: usize,
     tcp: TcpStream,
     peer: SocketAddr,
 ) {
+    let context = &server.handler().context;
     let Some(credentials) = workload.credentials().await else {
         // Without a certificate there is nothing to say; the peer tries again.
         context.metrics.failed_inbound("no-certificate");
         return super::reset(&tcp);
-    };
-    let Some(server) = context.server(worker) else {
-        return;
     };
     let served = server.serve(tcp, credentials.server.clone(), workload.drain.clone());
     if let Err(error) = served.await {
@@ -185,7 +184,7 @@ fn is_own(workload: &LocalWorkload, target: SocketAddr) -> bool {
 
 /// The client's own address. A port that the peer tells is believed; another address than its own is not.
 fn client_address(request: &ConnectRequest) -> SocketAddr {
-    let address = request.peer.address.ip().to_canonical();
+    let address = request.peer.address.ip();
     let told = request
         .headers
         .forwarded_for

@@ -28,9 +28,6 @@ use crate::{
 /// How long a connection waits for the workload's first certificate.
 const CERTIFICATE_PATIENCE: Duration = Duration::from_secs(5);
 
-/// Policies that apply to a workload, sorted by name.
-pub(crate) type Policies = [(String, Arc<Authorization>)];
-
 /// A workload of this node.
 #[derive(Debug)]
 pub(crate) struct LocalWorkload {
@@ -42,7 +39,7 @@ pub(crate) struct LocalWorkload {
     pub(crate) addresses: Vec<IpAddr>,
     pub(crate) netns: Netns,
     /// `None` until the control plane has said which.
-    policies: ArcSwapOption<Box<Policies>>,
+    policies: ArcSwapOption<Vec<(String, Arc<Authorization>)>>,
     credentials: watch::Receiver<Option<Arc<Credentials>>>,
     pub(crate) open: Arc<OpenConnections>,
     /// What the tunnel's other end is told of it (W3C Baggage; the keys are Istio's).
@@ -112,7 +109,6 @@ impl LocalWorkload {
 
     /// Puts other policies in force, and ends what they forbid.
     pub(crate) fn set_policies(&self, policies: Vec<(String, Arc<Authorization>)>) {
-        let policies: Box<Policies> = policies.into();
         let policies = Arc::new(policies);
         self.policies.store(Some(Arc::clone(&policies)));
         self.open.judge(&policies);

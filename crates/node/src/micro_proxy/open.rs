@@ -11,8 +11,7 @@ use std::{
 
 use tokio_util::sync::CancellationToken;
 
-use super::local::Policies;
-use crate::policy::{self, Client, Judgement, Server};
+use crate::policy::{self, Client, Judgement, Policies, Server};
 
 /// Open connections, by number.
 #[derive(Debug, Default)]

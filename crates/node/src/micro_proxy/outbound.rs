@@ -24,7 +24,7 @@ pub(crate) async fn carry(
     workload: Arc<LocalWorkload>,
     worker: usize,
     tcp: TcpStream,
-    peer: SocketAddr,
+    client: SocketAddr,
 ) {
     let grant = match context.view.accepted_grant(tcp.as_fd()) {
         Ok(Some(grant)) if grant.source_workload == workload.id => grant,
@@ -35,7 +35,6 @@ pub(crate) async fn carry(
         }
     };
     let target = SocketAddr::new(grant.target.into(), grant.target_port);
-    let client = SocketAddr::new(peer.ip().to_canonical(), peer.port());
     let server = context
         .names
         .workload(grant.destination_workload)

@@ -19,10 +19,9 @@ pub(crate) async fn carry(
     workload: Arc<LocalWorkload>,
     worker: usize,
     mut tcp: TcpStream,
-    peer: SocketAddr,
+    client: SocketAddr,
 ) {
-    let client = canonical(peer);
-    let Ok(target) = tcp.local_addr().map(canonical) else {
+    let Ok(target) = tcp.local_addr().map(super::canonical) else {
         return;
     };
     // Whoever comes to this port by its number has not been steered.
@@ -81,8 +80,4 @@ pub(crate) async fn carry(
         }
     }
     record.closed(figures, connection.cause());
-}
-
-fn canonical(address: SocketAddr) -> SocketAddr {
-    SocketAddr::new(address.ip().to_canonical(), address.port())
 }
